@@ -1,0 +1,46 @@
+"""m3BERT for Hugging Face: one encoder, every (exit layer, dimension) a model by itself."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_m3bert import M3BertConfig
+from .conversion import convert_released_checkpoint
+from .modeling_m3bert import (
+    M3BertForMaskedLM,
+    M3BertForMultipleChoice,
+    M3BertForQuestionAnswering,
+    M3BertForSequenceClassification,
+    M3BertForTokenClassification,
+    M3BertModel,
+    M3BertPreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("m3bert", M3BertConfig)
+AutoModel.register(M3BertConfig, M3BertModel)
+AutoModelForMaskedLM.register(M3BertConfig, M3BertForMaskedLM)
+AutoModelForSequenceClassification.register(M3BertConfig, M3BertForSequenceClassification)
+AutoModelForTokenClassification.register(M3BertConfig, M3BertForTokenClassification)
+AutoModelForQuestionAnswering.register(M3BertConfig, M3BertForQuestionAnswering)
+AutoModelForMultipleChoice.register(M3BertConfig, M3BertForMultipleChoice)
+
+__all__ = [
+    "M3BertConfig",
+    "M3BertForMaskedLM",
+    "M3BertForMultipleChoice",
+    "M3BertForQuestionAnswering",
+    "M3BertForSequenceClassification",
+    "M3BertForTokenClassification",
+    "M3BertModel",
+    "M3BertPreTrainedModel",
+    "convert_released_checkpoint",
+]

@@ -1,0 +1,164 @@
+"""The command line: `python -m m3bert_hf COMMAND ...`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .conversion import convert_released_checkpoint
+
+    model = convert_released_checkpoint(options.source, options.output)
+    config = model.config
+    print(f"Saved in {options.output}: {config.num_hidden_layers} layers, exits {config.exit_layers}, dimensions")
+    print(f"{config.matryoshka_dimensions}, {model.num_parameters():,} parameters, exit_norm='{config.exit_norm}'.")
+    print("This default normalises every exit, as the release does in evaluation and fine-tuning; load with")
+    print("exit_norm='last' for the states that its pretraining loss reads at the exits below the last.")
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    from .text_data import group_rows, sample_balanced
+    from .tokenizer_training import train_tokenizer
+
+    groups = group_rows(options.files)
+    rows = sample_balanced(groups, options.texts, options.temperature, options.seed)
+    texts = [row.get("text") or f"{row['query']}\n{row['document']}" for _, row in rows]
+    tokenizer = train_tokenizer(
+        [text[: options.max_characters] for text in texts],
+        options.vocab_size,
+        nfkc=not options.no_nfkc,
+        model_max_length=options.model_max_length,
+    )
+    tokenizer.save_pretrained(options.output)
+    print(
+        f"Saved in {options.output}: {len(tokenizer):,} tokens from {len(texts):,} texts in {len(groups)} languages."
+    )
+
+
+def _parse_recipe(classes: tuple[type, ...], arguments: Sequence[str], prog: str) -> tuple:
+    """Read `[recipe.yaml] [--key value ...]` into dataclasses; the command line goes over the recipe."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(classes, prog=prog)
+    arguments = list(arguments)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        import yaml
+
+        recipe = yaml.safe_load(Path(arguments.pop(0)).read_text(encoding="utf-8")) or {}
+        known = {action.dest: action for action in parser._actions}
+        unknown = sorted(set(recipe) - set(known))
+        if unknown:
+            parser.error(f"the recipe has keys that do not exist: {', '.join(unknown)}")
+        structured = {key: value for key, value in recipe.items() if isinstance(value, dict)}
+        parser.set_defaults(**recipe)
+        for key in recipe:
+            known[key].required = False
+        parsed = parser.parse_args_into_dataclasses(arguments)
+        for part in parsed:
+            for key, value in structured.items():
+                if hasattr(part, key) and getattr(part, key) is None:
+                    setattr(part, key, value)
+        return parsed
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    from transformers import TrainingArguments
+
+    from .pretraining import PretrainArguments, pretrain
+
+    own, training = _parse_recipe((PretrainArguments, TrainingArguments), arguments, "m3bert_hf pretrain")
+    pretrain(own, training)
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    from .finetuning import FinetuneArguments, finetune
+
+    classes = (FinetuneArguments, SentenceTransformerTrainingArguments)
+    own, training = _parse_recipe(classes, arguments, "m3bert_hf finetune")
+    finetune(own, training)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation import evaluate_retrieval, format_grid, load_retrieval_task
+    from .sentence_transformer import build_sentence_transformer
+
+    model = build_sentence_transformer(options.model, max_seq_length=options.max_seq_length)
+    queries, documents, relevant, languages = load_retrieval_task(options.queries, options.documents)
+    rows = evaluate_retrieval(
+        model,
+        queries,
+        documents,
+        relevant,
+        languages,
+        options.exit_layers,
+        options.dims,
+        batch_size=options.batch_size,
+    )
+    for metric in ("mrr@10", "recall@100"):
+        print(f"\n{format_grid(rows, metric)}")
+    if options.output:
+        Path(options.output).write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="m3bert_hf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="turn a checkpoint of the authors' release into Hub format")
+    convert.add_argument("source", help="directory with config.json and the weights")
+    convert.add_argument("output", help="directory to write")
+    convert.set_defaults(run=_convert)
+
+    tokenizer = commands.add_parser("train-tokenizer", help="train a multilingual Unigram tokenizer")
+    tokenizer.add_argument("files", nargs="+", help="JSON lines with `text`, or `query` and `document`, and `lang`")
+    tokenizer.add_argument("--output", required=True, help="directory to write")
+    tokenizer.add_argument("--vocab-size", type=int, default=32_000)
+    tokenizer.add_argument("--texts", type=int, default=20_000, help="texts to draw (default: %(default)s)")
+    tokenizer.add_argument("--max-characters", type=int, default=1_500, help="of each text (default: %(default)s)")
+    tokenizer.add_argument("--temperature", type=float, default=0.3, help="language balance, 1 as is, 0 equal")
+    tokenizer.add_argument("--model-max-length", type=int, default=512)
+    tokenizer.add_argument("--no-nfkc", action="store_true", help="leave Unicode as it is")
+    tokenizer.add_argument("--seed", type=int, default=0)
+    tokenizer.set_defaults(run=_train_tokenizer)
+
+    for name, run, text in (
+        ("pretrain", _pretrain, "masked pretraining at every (exit, dimension)"),
+        ("finetune", _finetune, "contrastive fine-tuning at every (exit, dimension)"),
+    ):
+        command = commands.add_parser(name, help=text, add_help=False, description="[recipe.yaml] [--key value ...]")
+        command.set_defaults(run=run, takes_rest=True)
+
+    evaluate = commands.add_parser("evaluate", help="retrieval quality at every (exit, dimension)")
+    evaluate.add_argument("model", help="checkpoint directory or Hub name")
+    evaluate.add_argument("--queries", required=True, help="JSON lines with `query`, `id` and perhaps `lang`")
+    evaluate.add_argument("--documents", required=True, help="JSON lines with `id` and `document`")
+    evaluate.add_argument("--exit-layers", type=int, nargs="+")
+    evaluate.add_argument("--dims", type=int, nargs="+")
+    evaluate.add_argument("--max-seq-length", type=int)
+    evaluate.add_argument("--batch-size", type=int, default=256)
+    evaluate.add_argument("--output", help="JSON file for all figures")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command of the package; without `arguments`, those of the process."""
+    options, rest = _parser().parse_known_args(arguments)
+    if getattr(options, "takes_rest", False):
+        options.run(rest)
+        return
+    if rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"m3bert_hf {options.command}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""m3BERT in sentence-transformers: choose depth and width at loading, as an attribute, per call or in a context."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import nn
+from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+_STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__name__}"
+_MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "inputs_embeds",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+
+
+def _encoders(model: nn.Module) -> list[PreTrainedModel]:
+    """Return the m3BERT encoders in a model, whether their code comes from this package or from the Hub."""
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.config.model_type == "m3bert" and module.base_model is module
+    ]
+    if not found:
+        raise TypeError(f"{type(model).__name__} holds no m3BERT encoder.")
+    return found
+
+
+@contextmanager
+def early_exit(model: nn.Module, exit_layer: int | None) -> Iterator[None]:
+    """Make every m3BERT encoder in `model` exit at `exit_layer` within the context.
+
+    Args:
+        model: Any model that holds m3BERT encoders: a `SentenceTransformer`, a `Router`, an `AutoModel`.
+        exit_layer: One of the model's exits, or `None` for the deepest.
+
+    Raises:
+        TypeError: If the model holds no m3BERT encoder.
+        ValueError: If the exit does not exist.
+    """
+    configs = [encoder.config for encoder in _encoders(model)]
+    before = [config.exit_layer for config in configs]
+    with ExitStack() as restore:
+        for config, value in zip(configs, before, strict=True):
+            restore.callback(setattr, config, "exit_layer", value)
+            config.exit_layer = exit_layer
+        yield
+
+
+class M3BertTransformer(Transformer):
+    """sentence-transformers' `Transformer` with the exit as an attribute and, in training, all exits in one pass.
+
+    In saved repositories the stock class stands in its place (see [`M3BertSentenceTransformer.save`]), so that they
+    load without this package.
+    """
+
+    forward_kwargs = {"exit_layer", "output_exits"}
+
+    @property
+    def exit_layer(self) -> int:
+        """The layer this model exits at when a call names none.
+
+        Setting it raises a `ValueError` that names the valid choices when the exit does not exist; `None` sets the
+        deepest.
+        """
+        return self.model.config.resolve_exit_layer()
+
+    @exit_layer.setter
+    def exit_layer(self, value: int | None) -> None:
+        self.model.config.exit_layer = value
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers this model can exit at."""
+        return list(self.model.config.exit_layers)
+
+    def forward(self, features: dict[str, Any], output_exits: bool = False, **kwargs) -> dict[str, Any]:
+        """Write `token_embeddings` [batch, tokens, width] and, if asked, `exit_hidden_states` into the features.
+
+        Args:
+            features: What `preprocess` returned.
+            output_exits: Also write the states of every exit, a tuple in the order of `exit_layers`.
+            **kwargs: `exit_layer` for this call.
+        """
+        if not output_exits:
+            return super().forward(features, **kwargs)
+        inputs = {key: features[key] for key in _MODEL_INPUTS if key in features}
+        output = self.model(**inputs, **kwargs, output_exits=True, return_dict=True)
+        features["exit_hidden_states"] = output.exit_hidden_states
+        features[self.module_output_name] = output.last_hidden_state
+        return features
+
+
+class M3BertSentenceTransformer(SentenceTransformer):
+    """A `SentenceTransformer` over m3BERT that checks `exit_layer` and `truncate_dim` and saves stock modules.
+
+    Takes what `SentenceTransformer` takes, and loads any checkpoint of an m3BERT model: one that was saved as a
+    `SentenceTransformer`, or one of transformers (mean pooling is added, as the library does).
+
+    Raises:
+        TypeError: If the checkpoint is not an m3BERT model.
+        ValueError: If `truncate_dim` is wider than the model, or an exit does not exist.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        kwargs_by_module = self.module_kwargs = dict(self.module_kwargs or {})
+        for name, module in self.named_children():
+            if type(module) is Transformer and getattr(module.config, "model_type", None) == "m3bert":
+                # The subclass adds no state. Making the switch here covers every way the library loads modules.
+                module.__class__ = M3BertTransformer
+            if isinstance(module, M3BertTransformer) and "exit_layer" not in kwargs_by_module.get(name, []):
+                kwargs_by_module[name] = [*kwargs_by_module.get(name, []), "exit_layer"]
+        self._trained_dims = set.union(*(set(e.config.matryoshka_dimensions) for e in _encoders(self)))
+        self._check_truncate_dim(self.truncate_dim)
+
+    # ------------------------------------------------------------------ depth
+
+    @property
+    def exit_layer(self) -> int:
+        """The layer that `encode` exits at when a call names none; assign one of `exit_layers` or `None`."""
+        return _encoders(self)[0].config.resolve_exit_layer()
+
+    @exit_layer.setter
+    def exit_layer(self, value: int | None) -> None:
+        for encoder in _encoders(self):
+            encoder.config.exit_layer = value
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers this model can exit at."""
+        return list(_encoders(self)[0].config.exit_layers)
+
+    def early_exit(self, exit_layer: int | None):
+        """Return a context in which `encode` exits at `exit_layer` (see [`early_exit`])."""
+        return early_exit(self, exit_layer)
+
+    # ------------------------------------------------------------------ width
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """The width that `encode` returns when a call names none; `None` is the full one.
+
+        Setting a width that was not trained warns; one that the model does not have raises a `ValueError`.
+        """
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        self._check_truncate_dim(value)
+        self._truncate_dim = value
+
+    def _check_truncate_dim(self, value: int | None) -> None:
+        # During construction there is no width to check against yet; __init__ checks at its end.
+        trained = self.__dict__.get("_trained_dims")
+        if value is None or trained is None:
+            return
+        width = next(
+            module.get_embedding_dimension()
+            for module in reversed(list(self.children()))
+            if hasattr(module, "get_embedding_dimension")
+        )
+        if not 1 <= value <= width:
+            raise ValueError(
+                f"truncate_dim={value} does not exist: choose a width within 1 and {width}; trained are "
+                f"{sorted(trained)}."
+            )
+        if value not in trained:
+            logger.warning(
+                "truncate_dim=%s was not trained (trained are %s): expect less than the next smaller one gives.",
+                value,
+                sorted(trained),
+            )
+
+    def encode(self, inputs, *args, truncate_dim: int | None = None, exit_layer: int | None = None, **kwargs):
+        """Encode as [`~sentence_transformers.SentenceTransformer.encode`] does, at the exit and width of the call.
+
+        Args:
+            inputs: A text or texts. An empty text is encoded as its special tokens alone; a text longer than
+                `max_seq_length` is cut off there.
+            truncate_dim: Width of the vectors; `None` is `self.truncate_dim`. With `normalize_embeddings=True` they
+                are unit vectors at every width.
+            exit_layer: Exit for this call; `None` is `self.exit_layer`.
+            *args: As in the library.
+            **kwargs: As in the library.
+
+        Raises:
+            ValueError: If the width or the exit does not exist.
+        """
+        self._check_truncate_dim(truncate_dim)
+        if exit_layer is not None:
+            for encoder in _encoders(self):
+                encoder.config.resolve_exit_layer(exit_layer)
+            kwargs["exit_layer"] = exit_layer
+        return super().encode(inputs, *args, truncate_dim=truncate_dim, **kwargs)
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, path: str, *args, **kwargs) -> None:
+        """Save so that the directory needs nothing but sentence-transformers and the model's own remote code."""
+        super().save(path, *args, **kwargs)
+        ours = f"{M3BertTransformer.__module__}.{M3BertTransformer.__name__}"
+        file = Path(path) / "modules.json"
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        for module in modules:
+            if module["type"] == ours:
+                module["type"] = _STOCK_TRANSFORMER
+        file.write_text(json.dumps(modules, indent=2), encoding="utf-8")
+
+
+def build_sentence_transformer(
+    model_name_or_path: str,
+    exit_layer: int | None = None,
+    truncate_dim: int | None = None,
+    pooling_mode: str | None = None,
+    max_seq_length: int | None = None,
+    **kwargs,
+) -> M3BertSentenceTransformer:
+    """Turn any m3BERT checkpoint into a `SentenceTransformer`.
+
+    Args:
+        model_name_or_path: Directory or Hub name of a checkpoint, of transformers or of sentence-transformers.
+        exit_layer: Load only the layers up to this exit. `None` loads all; the exit can then be chosen per call.
+        truncate_dim: Width of the vectors.
+        pooling_mode: Pooling in place of the saved one; `None` keeps it (mean for a plain transformers checkpoint).
+        max_seq_length: Longest text in tokens; longer ones are cut off.
+        **kwargs: What `SentenceTransformer` takes.
+
+    Raises:
+        TypeError: If the checkpoint is not an m3BERT model.
+        ValueError: If the exit or the width does not exist.
+    """
+    if exit_layer is not None:
+        kwargs["config_kwargs"] = {**(kwargs.get("config_kwargs") or {}), "exit_layer": exit_layer}
+    model = M3BertSentenceTransformer(str(model_name_or_path), truncate_dim=truncate_dim, **kwargs)
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length
+    if pooling_mode is not None:
+        for name, module in model.named_children():
+            if isinstance(module, Pooling):
+                setattr(model, name, Pooling(module.embedding_dimension, pooling_mode, module.include_prompt))
+    return model
+
+
+def exit_embeddings(model: nn.Module, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the text vectors of every exit, each [batch, width], from one pass of the encoder.
+
+    Args:
+        model: An [`M3BertSentenceTransformer`], possibly wrapped for data parallelism.
+        features: Preprocessed texts.
+    """
+    output = model(dict(features), output_exits=True)
+    core = getattr(model, "module", model)
+    states = output.pop("exit_hidden_states")
+    embeddings = []
+    for state in states[:-1]:
+        pooled = {**output, "token_embeddings": state}
+        for module in list(core.children())[1:]:
+            pooled = module(pooled)
+        embeddings.append(pooled["sentence_embedding"])
+    return [*embeddings, output["sentence_embedding"]]
+
+
+__all__ = [
+    "M3BertSentenceTransformer",
+    "M3BertTransformer",
+    "build_sentence_transformer",
+    "early_exit",
+    "exit_embeddings",
+]
