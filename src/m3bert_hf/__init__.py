@@ -21,6 +21,13 @@ from .modeling_m3bert import (
     M3BertModel,
     M3BertPreTrainedModel,
 )
+from .multigranular_loss import MultigranularLoss
+from .sentence_transformer import (
+    M3BertSentenceTransformer,
+    M3BertTransformer,
+    build_sentence_transformer,
+    early_exit,
+)
 
 
 __version__ = "0.1.0"
@@ -42,5 +49,10 @@ __all__ = [
     "M3BertForTokenClassification",
     "M3BertModel",
     "M3BertPreTrainedModel",
+    "M3BertSentenceTransformer",
+    "M3BertTransformer",
+    "MultigranularLoss",
+    "build_sentence_transformer",
     "convert_released_checkpoint",
+    "early_exit",
 ]

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -37,7 +38,7 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
     )
 
 
-def _parse_recipe(classes: tuple[type, ...], arguments: Sequence[str], prog: str) -> tuple:
+def _parse_recipe(classes: Any, arguments: Sequence[str], prog: str) -> tuple:
     """Read `[recipe.yaml] [--key value ...]` into dataclasses; the command line goes over the recipe."""
     from transformers import HfArgumentParser
 

@@ -216,6 +216,10 @@ class M3BertConfig(PreTrainedConfig):
         """Tokens that a local layer sees to each side, in the convention of transformers' mask functions."""
         return self.local_attention // 2
 
+    @sliding_window.setter
+    def sliding_window(self, value: int) -> None:
+        self.local_attention = 2 * value
+
     def resolve_exit_layer(self, exit_layer: int | None = None) -> int:
         """Return the exit that a call with `exit_layer` uses.
 

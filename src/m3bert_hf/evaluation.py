@@ -168,7 +168,7 @@ def load_retrieval_task(
         ValueError: If a query names a document that is not there.
     """
     places: dict[str, int] = {}
-    documents = []
+    documents: list[str] = []
     for row in read_json_lines(document_file):
         places[str(row["id"])] = len(documents)
         documents.append(row["document"])

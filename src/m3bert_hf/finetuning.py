@@ -1,6 +1,7 @@
 """Contrastive fine-tuning of an m3BERT checkpoint at every (exit, dimension) on query-document pairs."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -66,8 +67,9 @@ def finetune(
         ValueError: If no pair is left to train on.
     """
     model = build_sentence_transformer(arguments.model, max_seq_length=arguments.max_seq_length)
-    model[0].query_length = arguments.query_length
-    model[0].document_length = arguments.document_length
+    transformer: Any = model[0]
+    transformer.query_length = arguments.query_length
+    transformer.document_length = arguments.document_length
     pairs = load_pairs(arguments, training.seed)
     loss = MultigranularLoss(model, MultipleNegativesRankingLoss(model, scale=1.0 / arguments.contrastive_temperature))
     # A column's role is what makes the library cut queries and documents at their own lengths.
@@ -75,8 +77,8 @@ def finetune(
     trainer = SentenceTransformerTrainer(model=model, args=training, train_dataset=pairs, loss=loss)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     # The lengths belong to the training run: whoever encodes may give longer texts, up to max_seq_length.
-    model[0].query_length = model[0].document_length = None
-    model.save_pretrained(training.output_dir)
+    transformer.query_length = transformer.document_length = None
+    model.save_pretrained(str(training.output_dir))
     return model
 
 

@@ -244,7 +244,6 @@ class M3BertLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: M3BertConfig, layer_idx: int):
         super().__init__()
-        self.attention_type = config.layer_types[layer_idx]
         self.input_layernorm = M3BertRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = M3BertAttention(config, layer_idx)
         self.post_attention_layernorm = M3BertRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -268,7 +267,7 @@ class M3BertPreTrainedModel(PreTrainedModel):
     config: M3BertConfig
     config_class = M3BertConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
+    input_modalities = "text"
     supports_gradient_checkpointing = True
     _no_split_modules = ["M3BertEmbeddings", "M3BertLayer"]
     _supports_flash_attn = True
@@ -453,10 +452,11 @@ class M3BertModel(M3BertPreTrainedModel):
 
         exits = []
         for depth, layer in enumerate(self.layers[:exit_layer], start=1):
+            kind = self.config.layer_types[depth - 1]
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer.attention_type],
-                position_embeddings=angles.get(layer.attention_type),
+                attention_mask=masks[kind],
+                position_embeddings=angles.get(kind),
                 **kwargs,
             )
             if depth == exit_layer or (output_exits and depth in self.config.exit_layers):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sentence_transformer import exit_embeddings
+from .sentence_transformer import M3BertSentenceTransformer, exit_embeddings
 
 
 class MultigranularLoss(nn.Module):
@@ -28,8 +28,8 @@ class MultigranularLoss(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: nn.Module,
+        model: M3BertSentenceTransformer,
+        loss: Any,
         granularities: Sequence[tuple[int, int]] | None = None,
         weights: Sequence[float] | None = None,
     ):
@@ -53,12 +53,12 @@ class MultigranularLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the losses of all granularities (a scalar)."""
         columns = [exit_embeddings(self.model, features) for features in sentence_features]
-        total = None
+        total = torch.zeros((), device=columns[0][0].device)
         for (exit_layer, dimension), weight in zip(self.granularities, self.weights, strict=True):
             index = self.exit_layers.index(exit_layer)
             embeddings = [column[index][:, :dimension] for column in columns]
             value = weight * self.loss.compute_loss_from_embeddings(embeddings, labels)
-            total = value if total is None else total + value
+            total = total + value
         return total
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,9 +138,7 @@ def pretrain(
     trainer.save_state()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses and not math.isfinite(losses[-1]):
-        raise ValueError(
-            f"The loss became {losses[-1]}: lower the learning rate. Saved in {Path(training.output_dir)}."
-        )
+        raise ValueError(f"The loss became {losses[-1]}: lower the learning rate. Saved in {training.output_dir}.")
     return model
 
 

@@ -170,11 +170,8 @@ class M3BertSentenceTransformer(SentenceTransformer):
         trained = self.__dict__.get("_trained_dims")
         if value is None or trained is None:
             return
-        width = next(
-            module.get_embedding_dimension()
-            for module in reversed(list(self.children()))
-            if hasattr(module, "get_embedding_dimension")
-        )
+        modules: list[Any] = list(self.children())
+        width = next(m.get_embedding_dimension() for m in reversed(modules) if hasattr(m, "get_embedding_dimension"))
         if not 1 <= value <= width:
             raise ValueError(
                 f"truncate_dim={value} does not exist: choose a width within 1 and {width}; trained are "

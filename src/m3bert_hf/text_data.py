@@ -6,12 +6,12 @@ import json
 import lzma
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_OPENERS: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -22,7 +22,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         ValueError: If a line is not a JSON object or the file is corrupt, naming file and line.
     """
     path = Path(path)
-    opener = _OPENERS.get(path.suffix, open)
+    opener = _OPENERS.get(path.suffix) or open
     read = 0
     with opener(path, "rt", encoding="utf-8") as lines:
         try:
@@ -39,7 +39,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def sample_balanced(
-    groups: dict[str, Sequence[Any]], size: int, temperature: float, seed: int = 0
+    groups: Mapping[str, Sequence[Any]], size: int, temperature: float, seed: int = 0
 ) -> list[tuple[str, Any]]:
     """Draw rows without repetition from groups, in proportion to (group size) ** temperature.
 

@@ -1,0 +1,86 @@
+"""The newcomer's first command, on the checkpoint and the collection that ship here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3bert_hf import M3BertModel, build_sentence_transformer
+from m3bert_hf.evaluation import evaluate_retrieval
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+NANO = ROOT / "checkpoints" / "m3bert-nano"
+
+
+def rows(name):
+    return [json.loads(line) for line in (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, EXAMPLES / "search.py", *arguments], capture_output=True, text=True)
+
+
+def test_collection_is_large_and_multilingual():
+    passages = rows("passages.jsonl")
+    assert len(passages) >= 150 and len({row["lang"] for row in passages}) >= 8
+    assert len({row["document"] for row in passages}) == len(passages)
+
+
+def test_labelled_queries_find_their_passages_at_every_granularity():
+    passages, queries = rows("passages.jsonl"), rows("queries.jsonl")
+    places = {row["id"]: i for i, row in enumerate(passages)}
+    task = (
+        [row["query"] for row in queries],
+        [row["document"] for row in passages],
+        [{places[row["id"]]} for row in queries],
+    )
+    model = build_sentence_transformer(NANO)
+    grid = {(r["exit_layer"], r["truncate_dim"]): r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,))}
+    torch.manual_seed(0)
+    model[0].model = M3BertModel(model[0].model.config).eval()
+    random = max(r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,)))
+    assert min(grid.values()) > FLOOR_SMALLEST > random + 0.1, (grid, random)
+    assert max(grid.values()) > FLOOR_BEST, grid
+
+
+FLOOR_SMALLEST, FLOOR_BEST = 0.5, 0.7
+
+
+def test_command_prints_hits_at_several_granularities(tmp_path):
+    result = run("how do I resize a photo", "--top-k", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("dimensions: query") >= 4
+    one = run("写真のサイズを変更する", "--exit-layer", "2", "--truncate-dim", "32", "--top-k", "1")
+    assert one.stdout.count("dimensions: query") == 1 and "exit 2 of" in one.stdout
+    own = tmp_path / "own.txt"
+    own.write_text("a page about cats\na page about printers and paper\n")
+    assert "cats" in run("cats", "--documents", str(own), "--top-k", "1").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x", "--exit-layer", "3"), "exit_layer=3 does not exist"),
+        (("x", "--truncate-dim", "999"), "truncate_dim=999 does not exist"),
+        (("x", "--documents", "/nowhere.jsonl"), "nowhere.jsonl"),
+        (("  ",), "query is empty"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_checkpoint_fits_and_is_complete():
+    files = [file for file in NANO.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32 * 2**20
+    names = {file.name for file in files}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "modeling_m3bert.py"} <= names
+    for name in ("modeling", "configuration", "loss", "compat"):
+        shipped = (NANO / f"{name}_m3bert.py").read_text()
+        assert shipped == (ROOT / "src" / "m3bert_hf" / f"{name}_m3bert.py").read_text(), f"{name}: save it again"
