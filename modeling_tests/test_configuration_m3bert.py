@@ -109,3 +109,19 @@ def test_a_saved_default_exit_cuts_nothing(tmp_path):
     tiny_config(exit_layer=1).save_pretrained(tmp_path)
     config = M3BertConfig.from_pretrained(tmp_path)
     assert (config.num_hidden_layers, config.exit_layer) == (4, 1)
+
+
+def test_positions_given_at_loading_or_assignment_are_standardised(tmp_path):
+    tiny_config(position_embedding_type="rotary", global_attn_every_n_layers=2).save_pretrained(tmp_path)
+    stretched = {"rope_type": "linear", "factor": 4.0}
+    loaded = M3BertConfig.from_pretrained(tmp_path, rope_parameters=stretched, max_position_embeddings=192)
+    assigned = M3BertConfig.from_pretrained(tmp_path)
+    assigned.rope_parameters = stretched
+    for config in (loaded, assigned):
+        assert set(config.rope_parameters) == {"full_attention", "sliding_attention"}
+        assert all(p["rope_type"] == "linear" and p["factor"] == 4.0 for p in config.rope_parameters.values())
+    assigned.global_attn_every_n_layers = 1
+    assert set(assigned.layer_types) == {"full_attention"}
+    config = tiny_config()
+    config.position_embedding_type = "rotary"
+    assert config.rope_parameters["full_attention"]["rope_theta"] == 160_000.0

@@ -120,8 +120,7 @@ class M3BertConfig(PreTrainedConfig):
             self.matryoshka_dimensions = [d for d in (32, 64, 128) if d < self.hidden_size] + [self.hidden_size]
         self.matryoshka_dimensions = list(self.matryoshka_dimensions)
         if self.layer_types is None:
-            every = max(self.global_attn_every_n_layers, 1)
-            self.layer_types = [_LAYER_TYPES[bool(i % every)] for i in range(self.num_hidden_layers)]
+            self.layer_types = self._default_layer_types()
         super().__post_init__(**kwargs)
         self._fields_are_set = True
 
@@ -201,13 +200,29 @@ class M3BertConfig(PreTrainedConfig):
         if key == "num_hidden_layers" and value != self.num_hidden_layers:
             self._cut_to(value)
             return
-        before = getattr(self, key)
+        before = dict(self.__dict__)
         super().__setattr__(key, value)
         try:
+            self._standardize_positions({key})
             self.validate_architecture()
         except (TypeError, ValueError):
-            super().__setattr__(key, before)
+            self.__dict__.clear()
+            self.__dict__.update(before)
             raise
+
+    def _standardize_positions(self, changed: set[str]) -> None:
+        """Bring the fields that follow from changed ones up to date, as construction does."""
+        if "global_attn_every_n_layers" in changed and "layer_types" not in changed:
+            self.__dict__["layer_types"] = self._default_layer_types()
+        if changed & {"layer_types", "global_attn_every_n_layers", "rope_parameters", "position_embedding_type"}:
+            ready = self.__dict__.pop("_fields_are_set", None)
+            self.convert_rope_params_to_dict()
+            if ready:
+                self._fields_are_set = True
+
+    def _default_layer_types(self) -> list[str]:
+        every = max(self.global_attn_every_n_layers, 1)
+        return [_LAYER_TYPES[bool(i % every)] for i in range(self.num_hidden_layers)]
 
     # ------------------------------------------------------------------ granularities
 
@@ -322,9 +337,10 @@ class M3BertConfig(PreTrainedConfig):
             config._cut_to(
                 config.num_hidden_layers if depth is None else depth, None if exits is None else list(exits)
             )
+        config.__dict__.pop("_fields_are_set", None)
         for key, value in overrides.items():
-            config.__dict__.pop("_fields_are_set", None)
             setattr(config, key, value)
+        config._standardize_positions(set(overrides))
         config._fields_are_set = True
         config.validate()
         return config
