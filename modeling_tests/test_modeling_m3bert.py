@@ -469,7 +469,11 @@ def test_rotary_scores_depend_on_distance_alone(kind, tmp_path):
         model.save_pretrained(tmp_path)
         again = M3BertModel.from_pretrained(tmp_path)
         torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state)
-        assert model(torch.ones(1, 48, dtype=torch.long)).last_hidden_state.isfinite().all()
+        longest = model.config.max_input_length
+        assert longest == (96 if kind in ("linear", "dynamic") else 48)
+        assert model(torch.ones(1, longest, dtype=torch.long)).last_hidden_state.isfinite().all()
+        with pytest.raises(ValueError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
+            model(torch.ones(1, longest + 1, dtype=torch.long))
 
 
 def test_local_layers_see_their_window_only():

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, tiny_config
 from transformers import TrainingArguments
 
 from m3bert_hf import M3BertForMaskedLM
 from m3bert_hf.__main__ import main
-from m3bert_hf.pretraining import PretrainArguments, pretrain, tokenize_blocks
+from m3bert_hf.pretraining import PretrainArguments, pretrain, start_from_token_frequencies, tokenize_blocks
 
 
 CONFIG = {
@@ -82,6 +82,22 @@ def test_accumulation_gives_the_same_model_as_a_large_batch(corpus, tokenizer, t
     assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=0.05)
     assert logs[1]["loss_L1D8"] == pytest.approx(logs[0]["loss_L1D8"], rel=0.05)
     assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=0.25)
+
+
+def test_a_new_model_starts_at_the_token_frequencies(corpus, tokenizer):
+    rows = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    dataset = tokenize_blocks(rows, tokenizer, 24)
+    torch.manual_seed(0)
+    model = M3BertForMaskedLM(tiny_config(vocab_size=len(tokenizer), initializer_range=1e-4))
+    start_from_token_frequencies(model, dataset)
+    ids = torch.tensor([token for block in dataset["input_ids"] for token in block])
+    frequency = torch.bincount(ids, minlength=len(tokenizer)) + 1.0
+    entropy = -(frequency / frequency.sum()).log()[ids].mean()
+    block = torch.tensor([dataset["input_ids"][0]])
+    loss = model(block, labels=block).granularity_losses
+    expected = -(frequency / frequency.sum()).log()[block].mean()
+    torch.testing.assert_close(loss, expected.expand_as(loss), atol=0.02, rtol=0.01)
+    assert entropy < torch.tensor(float(len(tokenizer))).log()
 
 
 def test_blocks_hold_every_token_once(tokenizer):

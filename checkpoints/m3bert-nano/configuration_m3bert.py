@@ -23,7 +23,7 @@ class M3BertConfig(PreTrainedConfig):
         num_key_value_heads: Number of key and value heads; fewer than `num_attention_heads` is grouped-query
             attention. `None` means `num_attention_heads`.
         hidden_act: Activation of the gate of the feed-forward layer and of the masked-language-model head.
-        max_position_embeddings: Longest input, in tokens.
+        max_position_embeddings: Longest input in tokens; rotary positions with a scaling `factor` reach further.
         position_embedding_type: `"absolute"` (learned, as released) or `"rotary"`.
         rope_parameters: Rotary parameters in transformers' format, flat or keyed by layer type; only with
             `position_embedding_type="rotary"`.
@@ -120,8 +120,7 @@ class M3BertConfig(PreTrainedConfig):
             self.matryoshka_dimensions = [d for d in (32, 64, 128) if d < self.hidden_size] + [self.hidden_size]
         self.matryoshka_dimensions = list(self.matryoshka_dimensions)
         if self.layer_types is None:
-            every = max(self.global_attn_every_n_layers, 1)
-            self.layer_types = [_LAYER_TYPES[bool(i % every)] for i in range(self.num_hidden_layers)]
+            self.layer_types = self._default_layer_types()
         super().__post_init__(**kwargs)
         self._fields_are_set = True
 
@@ -201,13 +200,29 @@ class M3BertConfig(PreTrainedConfig):
         if key == "num_hidden_layers" and value != self.num_hidden_layers:
             self._cut_to(value)
             return
-        before = getattr(self, key)
+        before = dict(self.__dict__)
         super().__setattr__(key, value)
         try:
+            self._standardize_positions({key})
             self.validate_architecture()
         except (TypeError, ValueError):
-            super().__setattr__(key, before)
+            self.__dict__.clear()
+            self.__dict__.update(before)
             raise
+
+    def _standardize_positions(self, changed: set[str]) -> None:
+        """Bring the fields that follow from changed ones up to date, as construction does."""
+        if "global_attn_every_n_layers" in changed and "layer_types" not in changed:
+            self.__dict__["layer_types"] = self._default_layer_types()
+        if changed & {"layer_types", "global_attn_every_n_layers", "rope_parameters", "position_embedding_type"}:
+            ready = self.__dict__.pop("_fields_are_set", None)
+            self.convert_rope_params_to_dict()
+            if ready:
+                self._fields_are_set = True
+
+    def _default_layer_types(self) -> list[str]:
+        every = max(self.global_attn_every_n_layers, 1)
+        return [_LAYER_TYPES[bool(i % every)] for i in range(self.num_hidden_layers)]
 
     # ------------------------------------------------------------------ granularities
 
@@ -219,6 +234,18 @@ class M3BertConfig(PreTrainedConfig):
     @sliding_window.setter
     def sliding_window(self, value: int) -> None:
         self.local_attention = 2 * value
+
+    @property
+    def max_input_length(self) -> int:
+        """Longest input in tokens: `max_position_embeddings`, or as far as rotary positions are scaled beyond it."""
+        longest = self.max_position_embeddings
+        if self.position_embedding_type == "rotary":
+            kinds = (self.rope_parameters[kind] for kind in set(self.layer_types))
+            longest = max(
+                longest,
+                min(int(p.get("original_max_position_embeddings", longest) * p.get("factor", 1.0)) for p in kinds),
+            )
+        return longest
 
     def resolve_exit_layer(self, exit_layer: int | None = None) -> int:
         """Return the exit that a call with `exit_layer` uses.
@@ -322,9 +349,10 @@ class M3BertConfig(PreTrainedConfig):
             config._cut_to(
                 config.num_hidden_layers if depth is None else depth, None if exits is None else list(exits)
             )
+        config.__dict__.pop("_fields_are_set", None)
         for key, value in overrides.items():
-            config.__dict__.pop("_fields_are_set", None)
             setattr(config, key, value)
+        config._standardize_positions(set(overrides))
         config._fields_are_set = True
         config.validate()
         return config

@@ -23,7 +23,7 @@ class M3BertConfig(PreTrainedConfig):
         num_key_value_heads: Number of key and value heads; fewer than `num_attention_heads` is grouped-query
             attention. `None` means `num_attention_heads`.
         hidden_act: Activation of the gate of the feed-forward layer and of the masked-language-model head.
-        max_position_embeddings: Longest input, in tokens.
+        max_position_embeddings: Longest input in tokens; rotary positions with a scaling `factor` reach further.
         position_embedding_type: `"absolute"` (learned, as released) or `"rotary"`.
         rope_parameters: Rotary parameters in transformers' format, flat or keyed by layer type; only with
             `position_embedding_type="rotary"`.
@@ -234,6 +234,18 @@ class M3BertConfig(PreTrainedConfig):
     @sliding_window.setter
     def sliding_window(self, value: int) -> None:
         self.local_attention = 2 * value
+
+    @property
+    def max_input_length(self) -> int:
+        """Longest input in tokens: `max_position_embeddings`, or as far as rotary positions are scaled beyond it."""
+        longest = self.max_position_embeddings
+        if self.position_embedding_type == "rotary":
+            kinds = (self.rope_parameters[kind] for kind in set(self.layer_types))
+            longest = max(
+                longest,
+                min(int(p.get("original_max_position_embeddings", longest) * p.get("factor", 1.0)) for p in kinds),
+            )
+        return longest
 
     def resolve_exit_layer(self, exit_layer: int | None = None) -> int:
         """Return the exit that a call with `exit_layer` uses.

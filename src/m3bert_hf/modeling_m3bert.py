@@ -468,7 +468,7 @@ class M3BertModel(M3BertPreTrainedModel):
     def _positions(self, inputs, position_ids, kwargs):
         """Return position ids [batch or 1, tokens] and, for packed input, the document of each token or `None`."""
         batch, tokens = inputs.shape[:2]
-        longest = self.config.max_position_embeddings
+        longest = self.config.max_input_length
         boundaries = kwargs.get("cu_seq_lens_q")
         if boundaries is not None:
             if batch != 1 or (not is_tracing(boundaries) and int(boundaries[-1]) != tokens):
