@@ -98,5 +98,5 @@ def test_command(checkpoint, tmp_path, capsys):
     assert "| exit 4 | 1.000 | 1.000 | 1.000 |" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "grid.json").read_text())) == 9
     (tmp_path / "q.jsonl").write_text('{"id": 77, "query": "x"}')
-    with pytest.raises(ValueError, match="'77'"):
+    with pytest.raises(ValueError, match="names 77"):
         load_retrieval_task(tmp_path / "q.jsonl", tmp_path / "d.jsonl")
