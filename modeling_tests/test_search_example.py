@@ -43,12 +43,12 @@ def test_labelled_queries_find_their_passages_at_every_granularity():
     grid = {(r["exit_layer"], r["truncate_dim"]): r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,))}
     torch.manual_seed(0)
     model[0].model = M3BertModel(model[0].model.config).eval()
-    random = max(r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,)))
-    assert min(grid.values()) > FLOOR_SMALLEST > random + 0.1, (grid, random)
-    assert max(grid.values()) > FLOOR_BEST, grid
-
-
-FLOOR_SMALLEST, FLOOR_BEST = 0.5, 0.7
+    random = {
+        (r["exit_layer"], r["truncate_dim"]): r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,))
+    }
+    # Random token vectors already find a passage that shares words with its query, the better the wider they are.
+    assert all(grid[cell] > random[cell] + 0.1 for cell in grid), (grid, random)
+    assert min(grid.values()) > 0.65 and max(grid.values()) > 0.75, grid
 
 
 def test_command_prints_hits_at_several_granularities(tmp_path):
