@@ -21,6 +21,11 @@ def rows(name):
     return [json.loads(line) for line in (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()]
 
 
+def cells(model, task):
+    rows = evaluate_retrieval(model, *task, cutoffs=(10,))
+    return {(row["exit_layer"], row["truncate_dim"]): row["mrr@10"] for row in rows}
+
+
 def run(*arguments):
     return subprocess.run([sys.executable, EXAMPLES / "search.py", *arguments], capture_output=True, text=True)
 
@@ -40,7 +45,7 @@ def test_labelled_queries_find_their_passages_at_every_granularity():
         [{places[row["id"]]} for row in queries],
     )
     model = build_sentence_transformer(NANO)
-    grid = {(r["exit_layer"], r["truncate_dim"]): r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,))}
+    grid = cells(model, task)
     torch.manual_seed(0)
     model[0].model = M3BertModel(model[0].model.config).eval()
     random = {
@@ -65,7 +70,7 @@ def test_command_prints_hits_at_several_granularities(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("x", "--exit-layer", "3"), "exit_layer=3 does not exist"),
+        (("x", "--exit-layer", "9"), "exit_layer=9 does not exist"),
         (("x", "--truncate-dim", "999"), "truncate_dim=999 does not exist"),
         (("x", "--documents", "/nowhere.jsonl"), "nowhere.jsonl"),
         (("  ",), "query is empty"),
