@@ -1,3 +1,6 @@
+import importlib.util
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config
@@ -5,116 +8,331 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3bert_hf import M3BertForMaskedLM, loss_m3bert
-from m3bert_hf.loss_m3bert import linear_cross_entropy, select_labelled
+from m3bert_hf.loss_m3bert import (
+    MLMLossOptions,
+    ScoredRows,
+    draw_granularities,
+    linear_cross_entropy,
+    select_labelled,
+)
 
 
-def naive(features, weight, bias, labels):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of classes and several chunks of rows, of uneven sizes, in every test."""
+    monkeypatch.setattr(loss_m3bert, "_CPU_CLASSES", 32)
+    monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 101 * 4)
+
+
+def naive(features, weight, bias, rows, options):
+    """The loss written out over dense logits, with autograd's gradients."""
+    total, teacher = 0.0, None
+    for index, (x, group) in enumerate(zip(features, rows, strict=True)):
+        logits = x @ weight[:, : x.shape[1]].T + bias
+        logs = logits.log_softmax(dim=1)
+        hard = -logs.gather(1, group.targets[:, None])[:, 0]
+        value = (1 - options.label_smoothing) * hard - options.label_smoothing * logs.mean(dim=1)
+        if options.distillation_weight and index == 0:
+            teacher = logs.detach()
+        elif options.distillation_weight:
+            expected = teacher[group.tokens]
+            divergence = (expected.exp() * (expected - logs)).sum(dim=1)
+            value = (1 - options.distillation_weight) * value + options.distillation_weight * divergence
+        value = value + options.z_loss_weight * logits.logsumexp(dim=1).square()
+        total = total + (value * group.weights).sum()
+    return total
+
+
+def problem(seed, counts, widths, classes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    features = [torch.randn(n, d, generator=generator) for n, d in zip(counts, widths, strict=True)]
+    weight, bias = torch.randn(classes, max(widths), generator=generator), torch.randn(classes, generator=generator)
+    rows = [
+        ScoredRows(
+            torch.randint(0, classes, (n,), generator=generator),
+            torch.rand(n, generator=generator),
+            torch.randint(0, max(counts[0], 1), (n,), generator=generator),
+        )
+        for n in counts
+    ]
+    return (
+        [x.to(dtype).requires_grad_() for x in features],
+        *(x.to(dtype).requires_grad_() for x in (weight, bias)),
+        rows,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    classes=st.integers(1, 140),
+    width=st.integers(1, 12),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    distillation=st.sampled_from([0.0, 0.3, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-2]),
+    upstream=st.sampled_from([1.0, 2.5]),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_dense_float64_reference(
+    dtype, counts, classes, width, smoothing, distillation, z_loss, upstream, seed
+):
+    counts = [min(counts[0] + 1, 70), *counts]
+    widths = [width, *(1 + (seed + i) % width for i in range(len(counts) - 1))]
+    features, weight, bias, rows = problem(seed, counts, widths, classes, dtype)
+    options = MLMLossOptions(
+        label_smoothing=smoothing, distillation_weight=distillation, z_loss_weight=z_loss, backend="torch"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_m3bert, "_CPU_CLASSES", 32)
+        patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
+        loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
+    grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])
+    doubles = [x.detach().double().requires_grad_() for x in (*features, weight, bias)]
+    expected = naive(doubles[:-2], doubles[-2], doubles[-1], rows, options)
+    wanted = torch.autograd.grad(expected * upstream, doubles)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    torch.testing.assert_close(loss.double(), expected, atol=tolerance, rtol=tolerance)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+    for x, group, nll, hit in zip(doubles, rows, nlls, hits, strict=False):
+        logits = x @ doubles[-2][:, : x.shape[1]].T + doubles[-1]
+        dense = torch.nn.functional.cross_entropy(logits, group.targets, reduction="none")
+        torch.testing.assert_close(nll.double(), dense, atol=tolerance, rtol=tolerance)
+        assert torch.equal(hit, logits.argmax(dim=1) == group.targets) or classes == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_low_precision_errs_no_more_than_the_dense_loss_in_low_precision(dtype, mixed):
+    exact, weight, bias, rows = problem(0, [64, 64], [32, 8], 500, torch.float64)
+    exact = [*exact, (weight * 0.3).detach(), bias.detach()]
+    # Weights as small as those of one token in a large batch, which float16 cannot hold as a factor.
+    rows = [ScoredRows(group.targets, group.weights * 1e-6, group.tokens) for group in rows]
+
+    def gradients(function, kind, autocast):
+        inputs = [x.detach().to(kind).requires_grad_() for x in exact]
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            value = function(inputs[:2], inputs[2], inputs[3])
+        return [value, *torch.autograd.grad(value * 1e6, inputs)]
+
+    def ours(features, weight, bias):
+        return linear_cross_entropy(features, weight, bias, rows)[0]
+
+    def dense(features, weight, bias):
+        return naive(features, weight, bias, [ScoredRows(g.targets, g.weights * 1e6) for g in rows], MLMLossOptions())
+
+    kind = torch.float32 if mixed else dtype
+    truth = gradients(lambda *inputs: dense(*inputs) * 1e-6, torch.float64, False)
+    got, low = gradients(ours, kind, mixed), gradients(lambda *inputs: dense(*inputs).float() * 1e-6, kind, mixed)
+    assert abs(got[0].double() - truth[0]) <= 3e-4 * truth[0]
+    for a, b, t in zip(got[1:], low[1:], truth[1:], strict=True):
+        assert (a.double() - t).norm() <= 1.1 * (b.double() - t).norm()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_fused_backend_gives_the_same():
+    features, weight, bias, rows = problem(1, [40, 20], [8, 4], 101)
+    results = {}
+    for backend in ("torch", "inductor"):
+        loss, *_ = linear_cross_entropy(features, weight, bias, rows, MLMLossOptions(backend=backend))
+        results[backend] = [loss, *torch.autograd.grad(loss, [*features, weight, bias])]
+    for got, want in zip(results["inductor"], results["torch"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_the_cpu(backend, dtype):
+    if backend == "inductor" and not importlib.util.find_spec("triton"):
+        pytest.skip("needs Triton")
+    features, weight, bias, rows = problem(1, [40, 20], [32, 16], 1001)
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [x.detach().to(device, dtype).requires_grad_() for x in (*features, weight, bias)]
+        moved = [ScoredRows(*(t.to(device) for t in (g.targets, g.weights, g.tokens))) for g in rows]
+        options = MLMLossOptions(backend=backend if device == "cuda" else "torch")
+        loss, *_ = linear_cross_entropy(inputs[:2], inputs[2], inputs[3], moved, options)
+        results.append([loss.cpu(), *(g.cpu() for g in torch.autograd.grad(loss, inputs))])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_no_tensor_of_tokens_by_classes_is_made(monkeypatch):
+    """The one large buffer holds a chunk, whatever the number of granularities and of rows."""
+    sizes = []
+    real = torch.Tensor.new_empty
+
+    def watched(self, *shape, **kwargs):
+        result = real(self, *shape, **kwargs)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", watched)
+    monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 200 * 4)
+    largest = []
+    for granularities, count in ((1, 30), (12, 30), (12, 90)):
+        sizes.clear()
+        features, weight, bias, rows = problem(0, [count] * granularities, [8] * granularities, 200)
+        linear_cross_entropy(features, weight, bias, rows)[0].backward()
+        largest.append(max(sizes))
+    assert set(largest) == {16 * 200}
+
+
+def test_going_backward_twice_is_refused_and_without_gradients_nothing_is_kept():
+    features, weight, bias, rows = problem(0, [9], [4], 20)
+    loss, *_ = linear_cross_entropy(features, weight, bias, rows)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="hands them out once"):
+        loss.backward()
+    with torch.no_grad():
+        again, *_ = linear_cross_entropy(features, weight, bias, rows)
+    torch.testing.assert_close(again, loss.detach())
+    assert not again.requires_grad
+
+
+# ---------------------------------------------------------------- the objective in the model
+
+
+def labelled(config, lengths=(11, 7, 5), share=0.5):
+    ids, mask = tiny_batch(config, lengths)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < share, ids, -100)
+    return ids, mask, labels.masked_fill(mask == 0, -100)
+
+
+def dense_grid(model, ids, mask, labels):
+    """Cross entropy of each (exit, dimension) from the logits that the model returns for it [exits, dimensions]."""
+    config = model.config
     return torch.stack(
         [
-            torch.nn.functional.cross_entropy(x @ weight[:, : x.shape[1]].T + bias, labels, reduction="sum")
-            for x in features
+            torch.stack(
+                [
+                    torch.nn.functional.cross_entropy(
+                        model(ids, mask, exit_layer=layer, truncate_dim=d).logits.flatten(0, 1), labels.flatten()
+                    )
+                    for d in config.matryoshka_dimensions
+                ]
+            )
+            for layer in config.exit_layers
         ]
     )
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    tokens=st.integers(0, 9),
-    classes=st.integers(1, 23),
-    widths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
-    token_block=st.integers(1, 5),
-    class_block=st.integers(1, 9),
-    seed=st.integers(0, 99),
-)
-def test_equals_the_dense_float64_reference(tokens, classes, widths, token_block, class_block, seed):
-    torch.manual_seed(seed)
-    features = [torch.randn(tokens, d, requires_grad=True) for d in widths]
-    weight = torch.randn(classes, max(widths), requires_grad=True)
-    bias = torch.randn(classes, requires_grad=True)
-    labels = torch.randint(0, classes, (tokens,))
-    scale = torch.rand(len(widths))
-    before = loss_m3bert._TOKENS_PER_BLOCK, loss_m3bert._CLASSES_PER_BLOCK
-    loss_m3bert._TOKENS_PER_BLOCK, loss_m3bert._CLASSES_PER_BLOCK = token_block, class_block
-    try:
-        sums = linear_cross_entropy(features, weight, bias, labels)
-        grads = torch.autograd.grad((sums * scale).sum(), [*features, weight, bias])
-    finally:
-        loss_m3bert._TOKENS_PER_BLOCK, loss_m3bert._CLASSES_PER_BLOCK = before
-    doubles = [x.detach().double().requires_grad_() for x in (*features, weight, bias)]
-    expected = naive(doubles[:-2], doubles[-2], doubles[-1], labels)
-    wanted = torch.autograd.grad((expected * scale.double()).sum(), doubles)
-    torch.testing.assert_close(sums.double(), expected, atol=1e-4, rtol=1e-5)
-    for got, want in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
+def test_the_default_is_the_plain_sum_over_the_grid_that_inference_shows():
+    model = M3BertForMaskedLM(tiny_config()).train()
+    ids, mask, labels = labelled(model.config)
+    output = model(ids, mask, labels=labels)
+    grid = dense_grid(model, ids, mask, labels)
+    torch.testing.assert_close(output.granularity_losses, grid.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, grid.sum(), atol=1e-4, rtol=1e-5)
+    predicted = model(ids, mask).logits.argmax(dim=-1)
+    share = (predicted == labels)[labels != -100].float().mean()
+    torch.testing.assert_close(output.granularity_accuracies[-1, -1], share)
 
 
-def test_low_precision_errs_no_more_than_the_dense_loss_in_low_precision():
+def test_weights_and_pairs_select_and_scale():
+    model = M3BertForMaskedLM(tiny_config()).train()
+    ids, mask, labels = labelled(model.config)
+    grid = dense_grid(model, ids, mask, labels).detach()
+    model.loss_options = MLMLossOptions(granularities=[(1, 8), (4, 32)], granularity_weights=[2.0, 0.5])
+    output = model(ids, mask, labels=labels)
+    torch.testing.assert_close(output.loss.detach(), 2 * grid[0, 0] + 0.5 * grid[2, 2], atol=1e-4, rtol=1e-5)
+    assert output.granularity_losses.isnan().sum() == 7
+    model.loss_options = MLMLossOptions(reduction="sum")
+    total = model(ids, mask, labels=labels)
+    count = (labels != -100).sum()
+    torch.testing.assert_close(total.loss.detach(), grid.sum() * count, atol=1e-2, rtol=1e-5)
+
+
+def test_stochastic_granularities_have_the_full_loss_as_expectation():
     torch.manual_seed(0)
-    labels = torch.randint(0, 500, (64,))
-    exact = [torch.randn(64, 32, dtype=torch.float64), torch.randn(500, 32, dtype=torch.float64) * 0.3]
-    exact.append(torch.zeros(500, dtype=torch.float64))
+    model = M3BertForMaskedLM(tiny_config(initializer_range=0.1)).train()
+    ids, mask, labels = labelled(model.config, (40, 30, 20))
+    full = model(ids, mask, labels=labels)
+    full.loss.backward()
+    wanted = model.head.dense.weight.grad.clone()
+    model.loss_options = MLMLossOptions(stochastic_granularities=2, granularity_weights=[1.0, 2.0] + [1.0] * 7)
+    plain = full.granularity_losses.sum() + full.granularity_losses[0, 1]
+    draws = 300
+    losses, grids = [], []
+    for _ in range(draws):
+        output = model(ids, mask, labels=labels)
+        losses.append(output.loss.detach())
+        grids.append(output.granularity_losses)
+    losses = torch.stack(losses)
+    error = losses.std() / draws**0.5
+    assert error > 0 and abs(losses.mean() - plain) < 4 * error
+    grids = torch.stack(grids)
+    errors = grids.std(dim=0) / draws**0.5
+    assert ((grids.mean(dim=0) - full.granularity_losses).abs() < 5 * errors).all()
 
-    def gradients(function, dtype):
-        inputs = [x.to(dtype).requires_grad_() for x in exact]
-        value = function([inputs[0]], inputs[1], inputs[2], labels)
-        return [value, *torch.autograd.grad(value.sum(), inputs)]
-
-    truth = gradients(naive, torch.float64)
-    ours = gradients(linear_cross_entropy, torch.bfloat16)
-    dense = gradients(naive, torch.bfloat16)
-    for a, b, t in zip(ours, dense, truth, strict=True):
-        assert (a.double() - t).norm() <= 1.5 * (b.double() - t).norm() + 1e-6
+    model.loss_options = MLMLossOptions(stochastic_granularities=1)
+    model.zero_grad()
+    for _ in range(draws):
+        (model(ids, mask, labels=labels).loss / draws).backward()
+    got = model.head.dense.weight.grad
+    assert torch.nn.functional.cosine_similarity(got.flatten(), wanted.flatten(), dim=0) > 0.97
 
 
-def test_autocast_computes_in_the_low_precision():
+@given(tokens=st.integers(0, 40), granularities=st.integers(1, 12), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_each_token_gets_different_granularities_in_balance(tokens, granularities, data):
+    drawn = data.draw(st.integers(1, granularities))
+    parts = draw_granularities(tokens, granularities, drawn)
+    sizes = [part.numel() for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    counts = torch.bincount(torch.cat(parts), minlength=tokens)
+    assert (counts == drawn).all() and all(part.unique().numel() == part.numel() for part in parts)
+
+
+@pytest.mark.parametrize("drawn", [None, 1])
+def test_distillation_leaves_the_teacher_alone(drawn):
     torch.manual_seed(0)
-    x, weight = torch.randn(8, 16), torch.randn(50, 16)
-    labels = torch.randint(0, 50, (8,))
-    full = linear_cross_entropy([x], weight, torch.zeros(50), labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = linear_cross_entropy([x], weight, torch.zeros(50), labels)
-    assert low.dtype == torch.float32 and not torch.equal(low, full)
-    torch.testing.assert_close(low, full, rtol=2e-2, atol=0.1)
+    model = M3BertForMaskedLM(tiny_config()).train()
+    ids, mask, labels = labelled(model.config)
+    plain = model(ids, mask, labels=labels).granularity_losses[-1, -1]
+    model.loss_options = MLMLossOptions(
+        distillation_weight=1.0, stochastic_granularities=drawn, granularities=[(1, 8), (3, 20), (4, 32)]
+    )
+    output = model(ids, mask, labels=labels)
+    torch.testing.assert_close(output.granularity_losses[-1, -1], plain)
+    # With all of the students' loss from the teacher, and students equal to it, only its own loss is left.
+    model.loss_options = MLMLossOptions(distillation_weight=1.0, granularities=[(4, 32)])
+    torch.testing.assert_close(model(ids, mask, labels=labels).loss.detach(), plain)
 
 
-def test_blocks_bound_the_logits(monkeypatch):
-    """No tensor of tokens x classes is ever made, whatever the number of granularities."""
-    largest = 0
-    real = loss_m3bert._logits
-
-    def watched(*arguments):
-        nonlocal largest
-        result = real(*arguments)
-        largest = max(largest, result.numel())
-        return result
-
-    monkeypatch.setattr(loss_m3bert, "_logits", watched)
-    monkeypatch.setattr(loss_m3bert, "_TOKENS_PER_BLOCK", 4)
-    monkeypatch.setattr(loss_m3bert, "_CLASSES_PER_BLOCK", 16)
-    weight = torch.randn(200, 8, requires_grad=True)
-    features = [torch.randn(30, 8, requires_grad=True) for _ in range(12)]
-    linear_cross_entropy(features, weight, torch.zeros(200), torch.randint(0, 200, (30,))).sum().backward()
-    assert 0 < largest <= 4 * 16
+def test_evaluation_mode_leaves_the_training_options_out():
+    model = M3BertForMaskedLM(tiny_config()).eval()
+    ids, mask, labels = labelled(model.config)
+    plain = model(ids, mask, labels=labels).loss
+    model.loss_options = MLMLossOptions(
+        stochastic_granularities=1, distillation_weight=0.5, label_smoothing=0.1, z_loss_weight=0.1
+    )
+    torch.testing.assert_close(model(ids, mask, labels=labels).loss, plain)
+    assert not torch.allclose(model.train()(ids, mask, labels=labels).loss, plain)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     torch.manual_seed(0)
     model = M3BertForMaskedLM(tiny_config()).eval()
-    ids, mask = tiny_batch(model.config, (9, 9, 4, 2))
-    labels = torch.where(torch.rand(ids.shape) < 0.4, ids, -100).masked_fill(mask == 0, -100)
+    ids, mask, labels = labelled(model.config, (9, 9, 4, 2))
     whole = model(ids, mask, labels=labels)
     whole.loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     count = (labels != -100).sum()
-    parts = 0
+    parts = accuracies = 0
     for rows in (slice(0, 1), slice(1, 4)):
         part = model(ids[rows], mask[rows], labels=labels[rows], num_items_in_batch=count)
         part.loss.backward()
-        parts = parts + part.granularity_losses
+        parts, accuracies = parts + part.granularity_losses, accuracies + part.granularity_accuracies
     torch.testing.assert_close(parts, whole.granularity_losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(accuracies, whole.granularity_accuracies)
     for got, want in zip((p.grad for p in model.parameters()), expected, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
 def test_nothing_labelled_is_a_loss_of_zero_with_zero_gradients():
@@ -123,6 +341,7 @@ def test_nothing_labelled_is_a_loss_of_zero_with_zero_gradients():
     output = model(ids, mask, labels=torch.full_like(ids, -100))
     assert output.loss.item() == 0.0
     output.loss.backward()
+    assert model.decoder.weight.grad is not None
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
@@ -131,3 +350,22 @@ def test_labels_outside_the_vocabulary_are_named():
     for label in (4, -1):
         with pytest.raises(ValueError, match=f"Label {label} is outside"):
             select_labelled(torch.tensor([label]), 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"granularities": [(2, 8)]}, r"Granularity \(2, 8\) does not exist: exits are \[1, 3, 4\]"),
+        ({"granularity_weights": [1.0]}, "`granularity_weights` has 1 values, but there are 9"),
+        ({"stochastic_granularities": 10}, "within 1 and 9, got 10"),
+        ({"label_smoothing": 1.5}, "`label_smoothing` must be within"),
+        ({"granularities": [(1, 8), (1, 8)]}, "without repetition"),
+        ({"backend": "cuda"}, "`backend` must be one of"),
+    ],
+)
+def test_bad_options_are_named(fields, message):
+    model = M3BertForMaskedLM(tiny_config())
+    ids, mask, labels = labelled(model.config)
+    with pytest.raises(ValueError, match=message):
+        model.loss_options = MLMLossOptions(**fields)
+        model(ids, mask, labels=labels)

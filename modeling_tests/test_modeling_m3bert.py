@@ -155,7 +155,8 @@ def test_padded_packed_and_single_agree(name, attention):
             row, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=longest, max_length_k=longest
         ).last_hidden_state[0]
     for other in (single, by_positions, by_boundaries):
-        torch.testing.assert_close(other, padded, atol=1e-5, rtol=1e-5)
+        # Products of different shapes take different kernels, whose float error depends on the processor.
+        torch.testing.assert_close(other, padded, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_documents_do_not_see_one_another():

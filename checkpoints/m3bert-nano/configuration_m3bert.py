@@ -66,7 +66,7 @@ class M3BertConfig(PreTrainedConfig):
         "mrl_dims": "matryoshka_dimensions",
         "cur_dim": "truncate_dim",
     }
-    keys_to_ignore_at_inference = ["exit_hidden_states", "granularity_losses"]
+    keys_to_ignore_at_inference = ["exit_hidden_states", "granularity_losses", "granularity_accuracies"]
     default_theta = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
     # Makes save_pretrained ship this file with the checkpoint (what register_for_auto_class would set).
     _auto_class = "AutoConfig"

@@ -35,7 +35,7 @@ from .compat_m3bert import (
     packed_sequence_mask_function,
 )
 from .configuration_m3bert import M3BertConfig
-from .loss_m3bert import multigranular_mlm_loss
+from .loss_m3bert import MLMLossOptions, multigranular_mlm_loss
 
 
 AUTO_MAP = {
@@ -70,11 +70,14 @@ class M3BertMaskedLMOutput(MaskedLMOutput):
 
     Attributes:
         loss: Sum of the granularities' losses, with `labels`.
-        granularity_losses: Loss of each (exit, dimension) that was scored, [exits, dimensions], detached.
+        granularity_losses: Cross entropy of each (exit, dimension) [exits, dimensions], detached; NaN where the loss
+            options leave it out.
+        granularity_accuracies: Share of labelled tokens that each (exit, dimension) predicts, likewise.
         logits: [batch, tokens, vocab_size] at the exit and dimension asked for.
     """
 
     granularity_losses: torch.FloatTensor | None = None
+    granularity_accuracies: torch.FloatTensor | None = None
 
 
 class M3BertRMSNorm(nn.Module):
@@ -540,7 +543,11 @@ class M3BertPredictionHead(nn.Module):
 
 
 class M3BertForMaskedLM(M3BertPreTrainedModel):
-    """m3BERT with its masked-language-model head, which exists once for all exits and is sliced per dimension."""
+    """m3BERT with its masked-language-model head, which exists once for all exits and is sliced per dimension.
+
+    Attributes:
+        loss_options: What the loss sums; an [`MLMLossOptions`] that may be replaced, and is not saved.
+    """
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
@@ -550,6 +557,7 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
         self.model = M3BertModel(config)
         self.head = M3BertPredictionHead(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.loss_options = MLMLossOptions()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -581,9 +589,9 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
             attention_mask: Padding mask.
             position_ids: Positions.
             inputs_embeds: Embeddings in place of ids.
-            labels: Token to predict at each position [batch, tokens], -100 for none. The loss is the sum over all
-                (exit, dimension) of the configuration; an `exit_layer` or `truncate_dim` given in the call restricts
-                it to that one.
+            labels: Token to predict at each position [batch, tokens], -100 for none. The loss is the sum over the
+                (exit, dimension) pairs that `loss_options` names, by default all of the configuration; an
+                `exit_layer` or `truncate_dim` given in the call restricts it to that one, plainly.
             exit_layer: Exit of the logits; `None` is `config.exit_layer`.
             truncate_dim: Dimension of the logits; `None` is `config.truncate_dim`.
             output_logits: Whether to compute logits; `None` means only without `labels`, since training never needs
@@ -605,15 +613,19 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
             output_exits=every_exit,
             **kwargs,
         )
-        loss = losses = logits = None
+        scored = logits = None
         if labels is not None:
-            loss, losses = multigranular_mlm_loss(
+            restricted = not every_exit or truncate_dim is not None
+            scored = multigranular_mlm_loss(
                 outputs.exit_hidden_states if every_exit else [outputs.last_hidden_state],
                 labels,
                 self.head,
                 self.decoder,
+                self.config.exit_layers if every_exit else [self.config.resolve_exit_layer(exit_layer)],
                 self.config.matryoshka_dimensions if truncate_dim is None else [width],
                 num_items_in_batch,
+                MLMLossOptions(reduction=self.loss_options.reduction) if restricted else self.loss_options,
+                self.training,
             )
         if output_logits or (output_logits is None and labels is None):
             state = outputs.last_hidden_state
@@ -622,11 +634,12 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
             state = self.head(state[..., :width])
             logits = F.linear(state, self.decoder.weight[:, :width], self.decoder.bias)
         return M3BertMaskedLMOutput(
-            loss=loss,
+            loss=None if scored is None else scored.loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            granularity_losses=losses,
+            granularity_losses=None if scored is None else scored.granularity_losses,
+            granularity_accuracies=None if scored is None else scored.granularity_accuracies,
         )
 
 
