@@ -42,7 +42,7 @@ def _parse_recipe(classes: Any, arguments: Sequence[str], prog: str) -> tuple:
     """Read `[recipe.yaml] [--key value ...]` into dataclasses; the command line goes over the recipe."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(classes, prog=prog)
+    parser = HfArgumentParser(classes, prog=prog, usage="%(prog)s [recipe.yaml] [--key value ...]")
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         import yaml
@@ -53,6 +53,9 @@ def _parse_recipe(classes: Any, arguments: Sequence[str], prog: str) -> tuple:
         if unknown:
             parser.error(f"the recipe has keys that do not exist: {', '.join(unknown)}")
         structured = {key: value for key, value in recipe.items() if isinstance(value, dict)}
+        # A list of one value may be written as the value.
+        lists = {key for key, action in known.items() if action.nargs in ("+", "*")}
+        recipe = {k: [v] if k in lists and v is not None and not isinstance(v, list) else v for k, v in recipe.items()}
         parser.set_defaults(**recipe)
         for key in recipe:
             known[key].required = False
@@ -66,11 +69,10 @@ def _parse_recipe(classes: Any, arguments: Sequence[str], prog: str) -> tuple:
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
-    from transformers import TrainingArguments
-
     from .pretraining import PretrainArguments, pretrain
+    from .trainer import M3BertTrainingArguments
 
-    own, training = _parse_recipe((PretrainArguments, TrainingArguments), arguments, "m3bert_hf pretrain")
+    own, training = _parse_recipe((PretrainArguments, M3BertTrainingArguments), arguments, "m3bert_hf pretrain")
     pretrain(own, training)
 
 
@@ -150,14 +152,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command of the package; without `arguments`, those of the process."""
     options, rest = _parser().parse_known_args(arguments)
-    if getattr(options, "takes_rest", False):
-        options.run(rest)
-        return
-    if rest:
+    takes_rest = getattr(options, "takes_rest", False)
+    if rest and not takes_rest:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options)
-    except (OSError, ValueError) as error:
+        options.run(rest if takes_rest else options)
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"m3bert_hf {options.command}: {error}")
 
 

@@ -1,5 +1,6 @@
 """What a training step computes, and what the machine can: floating-point operations and matrix rate."""
 
+import ctypes
 import time
 
 import torch
@@ -65,4 +66,22 @@ def decoder_operations(vocab_size: int, scored: float) -> float:
     return 6.0 * vocab_size * scored
 
 
-__all__ = ["backbone_operations", "decoder_operations", "matrix_rate"]
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
+
+    The gradients of a large vocabulary are freed and allocated anew with every step, and the system clears each page
+    of them again: on a CPU, a third of the time of a step at base size. What is gained costs no peak memory, but the
+    process holds its peak until it ends.
+
+    Returns:
+        Whether the C library could be told (glibc only).
+    """
+    trim_threshold, mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
+
+
+__all__ = ["backbone_operations", "decoder_operations", "keep_freed_memory", "matrix_rate"]
