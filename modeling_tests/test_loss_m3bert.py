@@ -20,7 +20,7 @@ from m3bert_hf.loss_m3bert import (
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of classes and several chunks of rows, of uneven sizes, in every test."""
-    monkeypatch.setattr(loss_m3bert, "_CPU_CLASSES", 32)
+    monkeypatch.setattr(loss_m3bert, "_CLASSES_PER_BLOCK", 32)
     monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 101 * 4)
 
 
@@ -84,7 +84,7 @@ def test_equals_the_dense_float64_reference(
         label_smoothing=smoothing, distillation_weight=distillation, z_loss_weight=z_loss, backend="torch"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_m3bert, "_CPU_CLASSES", 32)
+        patch.setattr(loss_m3bert, "_CLASSES_PER_BLOCK", 32)
         patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
         loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
     grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from conftest import TEXTS
 from hypothesis import given, settings
@@ -5,6 +7,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from m3bert_hf.tokenizer_training import train_tokenizer
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request):
+    return train_tokenizer(TEXTS * 20, 400, model_max_length=48, model=request.param)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,3 +54,26 @@ def test_normalisation_is_a_choice():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="vocab_size=200"):
         train_tokenizer(TEXTS, 200)
+    with pytest.raises(ValueError, match="model must be 'unigram' or 'bpe', got 'word'"):
+        train_tokenizer(TEXTS, 400, model="word")
+    with pytest.raises(ValueError, match="The texts are empty"):
+        train_tokenizer([], 400, model="bpe")
+
+
+def test_words_are_learned(tokenizer):
+    assert any(len(token) > 2 and not token.startswith("<") for token in tokenizer.get_vocab())
+    assert len(tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]) < len(TEXTS[0])
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_the_command_balances_languages(model, tmp_path):
+    from m3bert_hf.__main__ import main
+
+    rows = [{"text": TEXTS[0], "lang": "en"}] * 200 + [{"query": TEXTS[5], "document": TEXTS[5], "lang": "ru"}] * 20
+    for name, part in (("a.jsonl", rows[:200]), ("b.jsonl", rows[200:])):
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in part))
+    arguments = ["train-tokenizer", str(tmp_path / "*.jsonl"), "--output", str(tmp_path / "t"), "--vocab-size", "400"]
+    main([*arguments, "--model", model, "--texts", "40", "--temperature", "0"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert set("фотграизменьюпрк") <= set(tokenizer.get_vocab())
+    assert not any(token.startswith("<0x") for token in tokenizer.tokenize(TEXTS[5]))

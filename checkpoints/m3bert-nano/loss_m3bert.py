@@ -26,9 +26,11 @@ IGNORE_INDEX = -100
 # products to run at nine tenths of their full rate; on a GPU a product needs more rows for that.
 _CPU_CHUNK = 84_000_000
 _GPU_CHUNK = 2**28
-# Classes whose logits are written, exponentiated and summed before the next ones are touched: they fit into a cache.
-_CPU_CLASSES = 4096
-_GPU_CLASSES = 2**15
+# Logits of a block of classes, which are written, exponentiated and summed before the next ones are touched. On a CPU
+# they fit into a cache.
+_CPU_BLOCK = 2**20
+_GPU_BLOCK = 2**25
+_CLASSES_PER_BLOCK = 4096
 # MKL and cuBLAS lose up to a third of their speed on rows that are not aligned.
 _ALIGNMENT = 16
 _LOG2_E = 1.0 / math.log(2.0)
@@ -163,10 +165,23 @@ class _Decoder:
         self.classes = weight.shape[0]
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
         gpu = weight.device.type == "cuda"
-        size = _GPU_CLASSES if gpu else _CPU_CLASSES
-        self.blocks = [(start, min(start + size, self.classes)) for start in range(0, self.classes, size)]
+        self.block_size, self.most_classes = (_GPU_BLOCK, 2**15) if gpu else (_CPU_BLOCK, _CLASSES_PER_BLOCK)
+        self._scratch = torch.empty(0)
         rows = (_GPU_CHUNK if gpu else _CPU_CHUNK) // (max(self.classes, 1) * dtype.itemsize)
         self.rows_per_chunk = max(rows // _ALIGNMENT, 1) * _ALIGNMENT
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        """Return the bounds of the blocks of classes for a chunk of so many rows."""
+        size = max(min(self.block_size // max(rows, 1), self.most_classes) // 32, 1) * 32
+        return [(start, min(start + size, self.classes)) for start in range(0, self.classes, size)]
+
+    def widened(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return low-precision logits in float32, in memory that is used again and again."""
+        if logits.dtype not in (torch.bfloat16, torch.float16):
+            return logits
+        if self._scratch.numel() < logits.numel():
+            self._scratch = torch.empty(logits.numel(), dtype=torch.float32, device=logits.device)
+        return self._scratch[: logits.numel()].view(logits.shape).copy_(logits)
 
     def block(self, start: int, end: int, width: int) -> torch.Tensor:
         """Return the first `width` columns of a block [classes, width]."""
@@ -220,29 +235,25 @@ def _column_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def exponentiate(
-    logits: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    wide: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add the bias to a block of logits and replace them by `exp(logit - largest of the row)`, in place.
 
-    Computed in base 2, whose exponential is twice as fast on a CPU, and in float32 at least.
+    Computed in base 2, whose exponential is twice as fast on a CPU.
 
     Args:
-        logits: Product of a block of the decoder with the features [classes, rows].
+        wide: Product of a block of the decoder with the features [classes, rows], float32 or float64.
         bias: [classes].
         target: A class of each row, counted within the block [rows].
 
     Returns:
         Largest logit, sum of the exponentials, and logit of `target` [rows]; logits in base 2.
     """
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     wide.mul_(_LOG2_E).add_(bias.to(wide.dtype)[:, None] * _LOG2_E)
     value = wide.gather(0, target[None])[0]
     largest = _column_max(wide)
     wide.sub_(largest).exp2_()
-    total = wide.sum(dim=0)
-    if wide is not logits:
-        logits.copy_(wide)
-    return largest, total, value
+    return largest, wide.sum(dim=0), value
 
 
 @functools.cache
@@ -260,11 +271,14 @@ def _score(decoder: _Decoder, x: torch.Tensor, targets: torch.Tensor, buffer: to
     """Compute the logits of a chunk of features [rows, width]; without a buffer, no exponentials are kept."""
     rows, width = x.shape
     largest, sums, label = [], [], x.new_zeros(rows, dtype=decoder.exact)
-    for start, end in decoder.blocks:
+    for start, end in decoder.blocks(rows):
         out = x.new_empty(end - start, rows) if buffer is None else _view(buffer, start, end, rows)
         torch.mm(decoder.block(start, end, width), x.T, out=out)
         inside = (targets - start).clamp(0, end - start - 1)
-        top, total, value = decoder.exponentiate(out, decoder.bias[start:end], inside)
+        wide = decoder.widened(out)
+        top, total, value = decoder.exponentiate(wide, decoder.bias[start:end], inside)
+        if buffer is not None and wide is not out:
+            out.copy_(wide)
         label = torch.where(targets - start == inside, value, label)
         largest.append(top)
         sums.append(total)
@@ -404,7 +418,7 @@ class _Accumulator:
             units = [values.abs().amax().clamp_min(1e-30) for values in (right, right_bias)]
         right, right_bias = _pad(right / units[0]), _pad(right_bias / units[1])
         mean_weight, mean_bias = torch.zeros_like(right), torch.zeros_like(right_bias)
-        for (start, end), factor in zip(decoder.blocks, scores.factors, strict=True):
+        for (start, end), factor in zip(decoder.blocks(right.shape[0]), scores.factors, strict=True):
             exponentials = _view(self.buffer, start, end, right.shape[0])
             mean_weight += _transposed_product(exponentials, decoder.block(start, end, width)) * factor[:, None]
             if teaches:

@@ -18,7 +18,7 @@ if [ ! -f runs/nano/tokenizer/tokenizer.json ]; then
     --vocab-size 20480 --texts 24000 --max-characters 500 --temperature 0.4 --model-max-length 128
 fi
 if [ ! -f runs/nano/pretrained/trainer_state.json ]; then
-  run pretrain examples/nano/pretrain.yaml --train_files "$data"/pretrain/* "${resume[@]}"
+  run pretrain examples/nano/pretrain.yaml --train_files "$data"/pretrain/* --resume_from_checkpoint auto
 fi
 if [ ! -f runs/nano/finetuned/modules.json ]; then
   run finetune examples/nano/finetune.yaml --train_files "$data"/finetune/* \

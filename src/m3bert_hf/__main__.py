@@ -20,17 +20,22 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
-    from .text_data import group_rows, sample_balanced
+    from .corpus import load_documents
+    from .text_data import sample_balanced
     from .tokenizer_training import train_tokenizer
 
-    groups = group_rows(options.files)
-    rows = sample_balanced(groups, options.texts, options.temperature, options.seed)
-    texts = [row.get("text") or f"{row['query']}\n{row['document']}" for _, row in rows]
+    documents = load_documents(options.files, options.text_columns, options.language_column)
+    groups: dict[str, list[int]] = {}
+    for row, language in enumerate(documents["language"]):
+        groups.setdefault(language, []).append(row)
+    rows = [row for _, row in sample_balanced(groups, options.texts, options.temperature, options.seed)]
+    texts = [text[: options.max_characters] for text in documents.select(rows)["text"]]
     tokenizer = train_tokenizer(
-        [text[: options.max_characters] for text in texts],
+        texts,
         options.vocab_size,
         nfkc=not options.no_nfkc,
         model_max_length=options.model_max_length,
+        model=options.model,
     )
     tokenizer.save_pretrained(options.output)
     print(
@@ -86,6 +91,13 @@ def _finetune(arguments: Sequence[str]) -> None:
     finetune(own, training)
 
 
+def _curves(options: argparse.Namespace) -> None:
+    from .training_curves import draw_curves, first_and_last
+
+    print(first_and_last(options.runs, options.values))
+    draw_curves(options.runs, options.output)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation import evaluate_retrieval, format_grid, load_retrieval_task
     from .sentence_transformer import build_sentence_transformer
@@ -117,9 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", help="directory to write")
     convert.set_defaults(run=_convert)
 
-    tokenizer = commands.add_parser("train-tokenizer", help="train a multilingual Unigram tokenizer")
-    tokenizer.add_argument("files", nargs="+", help="JSON lines with `text`, or `query` and `document`, and `lang`")
+    tokenizer = commands.add_parser(
+        "train-tokenizer", help="train a multilingual tokenizer without unknown characters"
+    )
+    tokenizer.add_argument("files", nargs="+", help="files, patterns, directories or Hub datasets")
     tokenizer.add_argument("--output", required=True, help="directory to write")
+    tokenizer.add_argument("--model", choices=["unigram", "bpe"], default="unigram")
+    tokenizer.add_argument("--text-columns", default="text|query,document", help="default: %(default)s")
+    tokenizer.add_argument("--language-column", default="lang", help="default: %(default)s")
     tokenizer.add_argument("--vocab-size", type=int, default=32_000)
     tokenizer.add_argument("--texts", type=int, default=20_000, help="texts to draw (default: %(default)s)")
     tokenizer.add_argument("--max-characters", type=int, default=1_500, help="of each text (default: %(default)s)")
@@ -135,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, add_help=False, description="[recipe.yaml] [--key value ...]")
         command.set_defaults(run=run, takes_rest=True)
+
+    curves = commands.add_parser("curves", help="table and picture of every granularity's loss in pretraining runs")
+    curves.add_argument("runs", nargs="+", help="output directories, stages in order")
+    curves.add_argument("--output", default="curves.png", help="PNG file (default: %(default)s)")
+    curves.add_argument("--values", default="eval_loss", help="of the table (default: %(default)s)")
+    curves.set_defaults(run=_curves)
 
     evaluate = commands.add_parser("evaluate", help="retrieval quality at every (exit, dimension)")
     evaluate.add_argument("model", help="checkpoint directory or Hub name")

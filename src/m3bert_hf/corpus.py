@@ -6,6 +6,7 @@ access afterwards, so that memory does not grow with the corpus and a run may re
 
 import glob
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def _load_file(path: Path) -> Dataset:
 
 def load_documents(
     sources: Sequence[str],
-    text_columns: Sequence[str] = ("text",),
+    text_columns: str = "text",
     language_column: str = "lang",
     split: str = "train",
 ) -> Dataset:
@@ -73,8 +74,8 @@ def load_documents(
         sources: Files (JSON lines, Parquet, text with an empty line between documents; JSON lines and text also
             compressed as .xz, .gz, .zst or .bz2), patterns, directories, or names of datasets on the Hub
             (`owner/name` or `owner/name:configuration`).
-        text_columns: Columns that are joined by line breaks; the first of several sets that a source has may be given
-            as `"text|query,document"`.
+        text_columns: Column of the text, or several joined by line breaks, as in `"title,body"`. Of alternatives, as
+            in `"text|query,document"`, a source's rows are read by the first that they have.
         language_column: Column of the language; rows without it have the language "".
         split: Of Hub datasets.
 
@@ -101,8 +102,8 @@ def load_documents(
     return concatenate_datasets(parts)
 
 
-def _select(dataset: Dataset, name: str, text_columns: Sequence[str], language_column: str) -> Dataset:
-    alternatives = [part.split(",") for part in ",".join(text_columns).split("|")]
+def _select(dataset: Dataset, name: str, text_columns: str, language_column: str) -> Dataset:
+    alternatives = [part.split(",") for part in text_columns.split("|")]
     columns = next((c for c in alternatives if set(c) <= set(dataset.column_names)), None)
     if columns is None:
         raise ValueError(
@@ -216,9 +217,10 @@ def tokenize_corpus(
         return output
 
     # The tokenizer's state changes with use, and with it the hash that `datasets` would take of it.
-    identity = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    )
+    identity = repr(sorted(tokenizer.get_vocab().items()))
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        identity = json.dumps({key: state[key] for key in state if key not in ("truncation", "padding")})
     key = repr((documents._fingerprint, max_length, held_out_share, min_length, tokenizer.all_special_tokens))
     pieces = documents.map(
         tokenize,

@@ -39,7 +39,7 @@ class PretrainArguments:
         default=None,
         metadata={"help": "Fields of M3BertConfig for a new model, or to change in the one of init_from."},
     )
-    text_columns: str = field(default="text", metadata={"help": "Column of the text; several are joined."})
+    text_columns: str = field(default="text", metadata={"help": "Column of the text; title,body joins two."})
     language_column: str = field(default="lang", metadata={"help": "Column of the language, if there is one."})
     dataset_split: str = field(default="train", metadata={"help": "Split of Hub datasets."})
     max_length: int = field(default=512, metadata={"help": "Tokens of the longest piece of a document."})
@@ -107,13 +107,13 @@ def build_model(
         for name in ("pad", "bos", "eos", "cls", "sep"):
             fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
         model = M3BertForMaskedLM(M3BertConfig(**fields))
-        if corpus is not None:
-            start_from_token_frequencies(model, corpus)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: use the tokenizer "
             "that the model was trained with."
         )
+    if corpus is not None and not arguments.init_from:
+        start_from_token_frequencies(model, corpus)
     return model
 
 
@@ -146,7 +146,7 @@ def pretrain(arguments: PretrainArguments, training: M3BertTrainingArguments) ->
         raise ValueError(f"row_length={row_length} must be at least max_length={arguments.max_length}.")
     with training.main_process_first(desc="reading and tokenising"):
         documents = load_documents(
-            arguments.train_files, [arguments.text_columns], arguments.language_column, arguments.dataset_split
+            arguments.train_files, arguments.text_columns, arguments.language_column, arguments.dataset_split
         )
         corpus = tokenize_corpus(
             documents,

@@ -1,0 +1,39 @@
+import time
+
+import torch
+from conftest import tiny_batch, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3bert_hf import M3BertForMaskedLM
+from m3bert_hf.throughput import backbone_operations, decoder_operations, keep_freed_memory, matrix_rate
+
+
+def test_operations_are_those_that_torch_counts():
+    # Eager attention, whose products the counter sees.
+    config = tiny_config(num_key_value_heads=2)
+    config._attn_implementation = "eager"
+    model = M3BertForMaskedLM(config)
+    ids, _ = tiny_batch(config, (11, 11, 11))
+    with FlopCounterMode(display=False) as counter:
+        model.model(ids).last_hidden_state.sum().backward()
+    assert counter.get_total_flops() == backbone_operations(config, 33, 3 * 11 * 11)
+    # Gradients are computed in the forward pass: three products with the decoder for each token and dimension.
+    assert decoder_operations(101, 7 * (8 + 20)) == 3 * 2 * 101 * 7 * 28
+
+
+def test_the_matrix_rate_is_that_of_a_timed_product():
+    rate = matrix_rate(torch.device("cpu"), torch.float32, size=256, seconds=0.1)
+    left = torch.randn(256, 256)
+    best = float("inf")
+    for _ in range(50):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    assert 0.1 < rate / (2 * 256**3 / best) < 10
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    kept = keep_freed_memory()
+    assert kept in (True, False)
+    # Allocation goes on as before.
+    assert torch.ones(3_000_000).sum() == 3_000_000
