@@ -247,6 +247,24 @@ def test_weights_and_pairs_select_and_scale():
     torch.testing.assert_close(total.loss.detach(), grid.sum() * count, atol=1e-2, rtol=1e-5)
 
 
+def test_layers_above_the_deepest_pair_are_not_run():
+    model = M3BertForMaskedLM(tiny_config()).train()
+    ids, mask, labels = labelled(model.config)
+    grid = dense_grid(model, ids, mask, labels).detach()
+    model.loss_options = MLMLossOptions(granularities=[(1, 8), (3, 20)])
+    ran = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    output = model(ids, mask, labels=labels)
+    assert ran == [0, 1, 2]
+    torch.testing.assert_close(output.granularity_losses[0, 0], grid[0, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.granularity_losses[1, 1], grid[1, 1], atol=1e-5, rtol=1e-5)
+    assert output.granularity_losses.shape == (3, 3)
+    ran.clear()
+    whole = model(ids, mask, labels=labels, output_logits=True)
+    assert len(ran) == 4 and whole.logits.shape == (*ids.shape, model.config.vocab_size)
+
+
 def test_stochastic_granularities_have_the_full_loss_as_expectation():
     torch.manual_seed(0)
     model = M3BertForMaskedLM(tiny_config(initializer_range=0.1)).train()

@@ -590,7 +590,8 @@ def multigranular_mlm_loss(
     `decoder(head(exit_hidden_states[l][..., :d]))` (arXiv 2605.19568).
 
     Args:
-        exit_hidden_states: One state [batch, tokens, width] per exit.
+        exit_hidden_states: One state [batch, tokens, width] per exit, shallow first; those above the deepest exit that
+            is scored may be missing.
         labels: Labels [batch, tokens], int64, -100 for tokens that are not predicted.
         head: Maps [labelled tokens, d] to [labelled tokens, d] for every d of `dimensions`.
         decoder: Linear layer [classes, width] with bias, sliced to its first d columns.

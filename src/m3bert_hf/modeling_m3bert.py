@@ -568,6 +568,12 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
         """Replace the decoder."""
         self.decoder = new_embeddings
 
+    def _deepest_scored(self, output_logits: bool | None) -> int:
+        """Return the deepest exit that the loss reads, or the logits."""
+        pairs = self.loss_options.resolve(self.config.exit_layers, self.config.matryoshka_dimensions)
+        deepest = max(layer for layer, _ in pairs)
+        return max(deepest, self.config.resolve_exit_layer()) if output_logits else deepest
+
     @can_return_tuple
     def forward(
         self,
@@ -609,7 +615,7 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            exit_layer=self.config.num_hidden_layers if every_exit else exit_layer,
+            exit_layer=self._deepest_scored(output_logits) if every_exit else exit_layer,
             output_exits=every_exit,
             **kwargs,
         )

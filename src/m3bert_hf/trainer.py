@@ -52,6 +52,9 @@ class M3BertTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # Where there is no accelerator, bf16 is refused unless the CPU is asked for.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # Every parameter is used in every step, unless exits were left out on purpose.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = self.granularities is not None
         super().__post_init__()
 
     def loss_options(self) -> MLMLossOptions:
