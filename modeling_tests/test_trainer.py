@@ -11,6 +11,7 @@ import torch
 from conftest import TEXTS, tiny_config
 from safetensors.torch import load_file
 
+import m3bert_hf
 from m3bert_hf import M3BertForMaskedLM
 from m3bert_hf.masking import M3BertDataCollator
 from m3bert_hf.pretraining import PretrainArguments, pretrain
@@ -222,6 +223,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(data, tmp_
         pretrain(arguments(data, held_out_share=0.0), training(tmp_path))
     for tensor in weights(last_complete_checkpoint(tmp_path)).values():
         assert tensor.isfinite().all()
+
+
+def test_the_trainer_alone_takes_any_dataset(tokenizer, tmp_path):
+    """The example of the README."""
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS * 8]
+    model = m3bert_hf.M3BertForMaskedLM(tiny_config(vocab_size=len(tokenizer)))
+    trainer = m3bert_hf.M3BertTrainer(
+        model=model,
+        args=training(tmp_path, stochastic_granularities=1, max_steps=3),
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+        data_collator=m3bert_hf.M3BertDataCollator(tokenizer, mask_ratio=0.3),
+    )
+    trainer.train()
+    assert len([e for e in trainer.state.log_history if "loss_L4D32" in e]) == 3
+    assert "eval_accuracy_L1D8" in trainer.evaluate()
+    with pytest.raises(AttributeError, match="has no attribute 'M3BertTrainr'"):
+        m3bert_hf.M3BertTrainr  # noqa: B018
 
 
 def test_norms_biases_and_embeddings_are_not_decayed(tokenizer, tmp_path):

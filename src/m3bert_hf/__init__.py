@@ -1,5 +1,7 @@
 """m3BERT for Hugging Face: one encoder, every (exit layer, dimension) a model by itself."""
 
+import importlib
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -12,6 +14,7 @@ from transformers import (
 
 from .configuration_m3bert import M3BertConfig
 from .conversion import convert_released_checkpoint
+from .loss_m3bert import MLMLossOptions
 from .modeling_m3bert import (
     M3BertForMaskedLM,
     M3BertForMultipleChoice,
@@ -40,8 +43,28 @@ AutoModelForTokenClassification.register(M3BertConfig, M3BertForTokenClassificat
 AutoModelForQuestionAnswering.register(M3BertConfig, M3BertForQuestionAnswering)
 AutoModelForMultipleChoice.register(M3BertConfig, M3BertForMultipleChoice)
 
+# Training needs packages that the encoder does not: they are imported when one of these is asked for.
+_TRAINING = {
+    "M3BertDataCollator": "masking",
+    "M3BertTrainer": "trainer",
+    "M3BertTrainingArguments": "trainer",
+}
+
+
+def __getattr__(name: str):
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f".{_TRAINING[name]}", __name__), name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs the packages for training: pip install 'm3bert-hf[train]' ({error})."
+        ) from error
+
+
 __all__ = [
     "M3BertConfig",
+    "M3BertDataCollator",
     "M3BertForMaskedLM",
     "M3BertForMultipleChoice",
     "M3BertForQuestionAnswering",
@@ -50,7 +73,10 @@ __all__ = [
     "M3BertModel",
     "M3BertPreTrainedModel",
     "M3BertSentenceTransformer",
+    "M3BertTrainer",
+    "M3BertTrainingArguments",
     "M3BertTransformer",
+    "MLMLossOptions",
     "MultigranularLoss",
     "build_sentence_transformer",
     "convert_released_checkpoint",
