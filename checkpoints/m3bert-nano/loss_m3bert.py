@@ -166,7 +166,8 @@ class _Decoder:
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
         gpu = weight.device.type == "cuda"
         self.block_size, self.most_classes = (_GPU_BLOCK, 2**15) if gpu else (_CPU_BLOCK, _CLASSES_PER_BLOCK)
-        self._scratch = torch.empty(0)
+        # Memory that is used again and again stays in the cache.
+        self._scratch = self._cast = torch.empty(0)
         rows = (_GPU_CHUNK if gpu else _CPU_CHUNK) // (max(self.classes, 1) * dtype.itemsize)
         self.rows_per_chunk = max(rows // _ALIGNMENT, 1) * _ALIGNMENT
 
@@ -184,14 +185,19 @@ class _Decoder:
         return self._scratch[: logits.numel()].view(logits.shape).copy_(logits)
 
     def block(self, start: int, end: int, width: int) -> torch.Tensor:
-        """Return the first `width` columns of a block [classes, width]."""
-        return self.weight[start:end, :width].to(self.dtype)
+        """Return the first `width` columns of a block [classes, width], valid until the next block is asked for."""
+        block = self.weight[start:end, :width]
+        if block.dtype == self.dtype:
+            return block
+        if self._cast.numel() < block.numel():
+            self._cast = torch.empty(block.numel(), dtype=self.dtype, device=block.device)
+        return self._cast[: block.numel()].view(block.shape).copy_(block)
 
     def chunks(self, rows: int) -> list[slice]:
         """Return equal parts of the rows, none larger than a chunk."""
         if not rows:
             return []
-        size = -(-rows // -(-rows // self.rows_per_chunk))
+        size = _aligned(-(-rows // -(-rows // self.rows_per_chunk)))
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def buffer(self, rows: Sequence[int]) -> torch.Tensor:
