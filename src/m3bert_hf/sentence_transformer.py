@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -254,23 +254,43 @@ def build_sentence_transformer(
     return model
 
 
-def exit_embeddings(model: nn.Module, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the text vectors of every exit, each [batch, width], from one pass of the encoder.
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers for data parallelism (`module`) and compilation (`_orig_mod`)."""
+    while not isinstance(model, SentenceTransformer):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def exit_embeddings(
+    model: nn.Module, features: dict[str, Any], exit_layers: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Return the text vectors of several exits, each [batch, width], from one pass of the encoder.
 
     Args:
-        model: An [`M3BertSentenceTransformer`], possibly wrapped for data parallelism.
+        model: An [`M3BertSentenceTransformer`], possibly wrapped for data parallelism or compiled.
         features: Preprocessed texts.
+        exit_layers: Exits to return, in this order; layers above the deepest are not run. `None` means all.
+
+    Raises:
+        ValueError: If an exit does not exist.
     """
-    output = model(dict(features), output_exits=True)
-    core = getattr(model, "module", model)
+    core: Any = unwrap(model)
+    available = core.exit_layers
+    wanted = list(available if exit_layers is None else exit_layers)
+    deepest = max(wanted)
+    output = model(dict(features), output_exits=True, exit_layer=deepest)
     states = output.pop("exit_hidden_states")
-    embeddings = []
-    for state in states[:-1]:
-        pooled = {**output, "token_embeddings": state}
-        for module in list(core.children())[1:]:
-            pooled = module(pooled)
-        embeddings.append(pooled["sentence_embedding"])
-    return [*embeddings, output["sentence_embedding"]]
+    by_exit = {deepest: output["sentence_embedding"]}
+    for exit_layer, state in zip(available, states, strict=False):
+        if exit_layer in wanted and exit_layer != deepest:
+            pooled = {**output, "token_embeddings": state}
+            for module in list(core.children())[1:]:
+                pooled = module(pooled)
+            by_exit[exit_layer] = pooled["sentence_embedding"]
+    return [by_exit[exit_layer] for exit_layer in wanted]
 
 
 __all__ = [
@@ -279,4 +299,5 @@ __all__ = [
     "build_sentence_transformer",
     "early_exit",
     "exit_embeddings",
+    "unwrap",
 ]
