@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from m3bert_hf import M3BertSentenceTransformer, build_sentence_transformer
-from m3bert_hf.evaluation import exact_search
+from m3bert_hf.search import exact_search
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from conftest import TEXTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from m3bert_hf import build_sentence_transformer
-from m3bert_hf.finetuning import FinetuneArguments, finetune, load_pairs
+from m3bert_hf.finetuning import FinetuneArguments, finetune, load_pairs, load_start
 
 
 @pytest.fixture
@@ -52,3 +52,91 @@ def test_what_is_evaluated_is_never_trained_on(pairs, tmp_path):
     arguments.exclude_files = [str(pairs)]
     with pytest.raises(ValueError, match="No pairs to train on"):
         load_pairs(arguments, seed=0)
+
+
+def arguments_for(tmp_path, **options):
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=6,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"max_steps": 2, "learning_rate": 1e-2, **options},
+    )
+
+
+def test_one_granularity_loads_and_saves_no_more_than_it_needs(checkpoint, pairs, tmp_path):
+    arguments = FinetuneArguments(str(checkpoint), [str(pairs)], granularities=["3:20"])
+    model = finetune(arguments, arguments_for(tmp_path))
+    config = model.transformers_model.config
+    assert (config.num_hidden_layers, config.exit_layers, config.matryoshka_dimensions) == (3, [3], [20, 32])
+    again = SentenceTransformer(str(tmp_path / "out"))
+    assert again.encode("text").shape == (20,)
+    assert not any(".layers.3." in name or name.startswith("layers.3.") for name in again.state_dict())
+
+
+def test_partial_initialization_takes_any_first_layers(checkpoint, pairs):
+    arguments = FinetuneArguments(str(checkpoint), [str(pairs)], granularities=["2:9"])
+    with pytest.raises(ValueError, match="exit_layer=2 does not exist"):
+        load_start(arguments)
+    arguments.partial_initialization = True
+    model, granularities = load_start(arguments)
+    assert granularities == [(2, 9)] and model.exit_layers == [2]
+    whole = build_sentence_transformer(checkpoint).state_dict()
+    for name, weight in model.state_dict().items():
+        assert np.array_equal(weight, whole[name])
+    for text, message in (("4-8", "is not exit:dimension"), ("4:99", "truncate_dim=99"), ("9:8", "9 layers")):
+        arguments.granularities = [text]
+        with pytest.raises(ValueError, match=message):
+            load_start(arguments)
+
+
+def test_negatives_from_the_files_and_mined(checkpoint, pairs, tmp_path):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["negatives"] = [TEXTS[index - 1], TEXTS[index - 2]]
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = FinetuneArguments(str(checkpoint), [str(pairs)])
+    assert load_pairs(arguments, 0).column_names == ["query", "document", "negative_1", "negative_2"]
+    finetune(arguments, arguments_for(tmp_path))
+    arguments.mined_negatives = 1
+    with pytest.raises(ValueError, match="hold negatives already"):
+        finetune(arguments, arguments_for(tmp_path))
+    rows[0]["negatives"] = []
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match="same number of `negatives`"):
+        load_pairs(arguments, 0)
+    for row in rows:
+        del row["negatives"]
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    arguments.mining_range, arguments.mining_relative_margin = [0, 5], None
+    mined = finetune(arguments, arguments_for(tmp_path))
+    assert mined.exit_layers == [1, 3, 4]
+    arguments.mining_range = [50, 60]
+    with pytest.raises(ValueError, match="widen mining_range"):
+        finetune(arguments, arguments_for(tmp_path))
+
+
+def test_the_best_checkpoint_of_the_grid_is_kept(checkpoint, pairs, tmp_path):
+    held_out = ["red cat", "green meadow", "small dog"]
+    queries, documents = tmp_path / "q.jsonl", tmp_path / "d.jsonl"
+    queries.write_text("\n".join(json.dumps({"id": i, "query": t[:5]}) for i, t in enumerate(held_out)))
+    documents.write_text("\n".join(json.dumps({"id": i, "document": t}) for i, t in enumerate(held_out)))
+    arguments = FinetuneArguments(
+        str(checkpoint), [str(pairs)], eval_queries=str(queries), eval_documents=str(documents), mini_batch_size=2
+    )
+    training = arguments_for(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, max_steps=6
+    )
+    finetune(arguments, training)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    values = {row["step"]: row["eval_q_mean_mrr@10"] for row in state["log_history"] if "eval_q_mean_mrr@10" in row}
+    assert sorted(values) == [2, 4, 6] and state["best_metric"] == max(values.values())
+    assert state["best_model_checkpoint"].endswith(str(state["best_global_step"]))
+    assert any("eval_q_exit3_dim20_recall@100" in row for row in state["log_history"])
+
+
+def test_rows_without_text_are_named(pairs):
+    pairs.write_text(json.dumps({"query": " ", "document": "x"}))
+    with pytest.raises(ValueError, match="no text in 'query'"):
+        load_pairs(FinetuneArguments("unused", [str(pairs)]), 0)

@@ -14,6 +14,8 @@ from transformers import (
 
 from .configuration_m3bert import M3BertConfig
 from .conversion import convert_released_checkpoint
+from .granularity_evaluator import GranularityEvaluator
+from .grid_report import GridReport
 from .loss_m3bert import MLMLossOptions
 from .modeling_m3bert import (
     M3BertForMaskedLM,
@@ -63,6 +65,8 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "GranularityEvaluator",
+    "GridReport",
     "M3BertConfig",
     "M3BertDataCollator",
     "M3BertForMaskedLM",

@@ -1,7 +1,6 @@
 """The command line: `python -m m3bert_hf COMMAND ...`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,25 +98,45 @@ def _curves(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluation import evaluate_retrieval, format_grid, load_retrieval_task
+    from .granularity_evaluator import GranularityEvaluator
+    from .retrieval_task import load_question_task, load_retrieval_task
     from .sentence_transformer import build_sentence_transformer
 
     model = build_sentence_transformer(options.model, max_seq_length=options.max_seq_length)
-    queries, documents, relevant, languages = load_retrieval_task(options.queries, options.documents)
-    rows = evaluate_retrieval(
-        model,
-        queries,
-        documents,
-        relevant,
-        languages,
-        options.exit_layers,
-        options.dims,
+    if options.documents:
+        task = load_retrieval_task(options.queries, options.documents)
+    else:
+        task = load_question_task(options.queries)
+    evaluator = GranularityEvaluator.from_task(
+        task,
+        exit_layers=options.exit_layers,
+        truncate_dims=options.dims,
+        precisions=options.precisions,
+        cutoffs=options.cutoffs,
         batch_size=options.batch_size,
+        measure_speed=not options.no_speed,
+        show_progress_bar=True,
     )
-    for metric in ("mrr@10", "recall@100"):
-        print(f"\n{format_grid(rows, metric)}")
+    report = evaluator.evaluate(model)
+    report.description["model"] = Path(options.model).name
+    for metric in report.metrics:
+        print(f"\n{report.table(metric)}")
+    print(f"\n{report.cost_table()}")
+    cell = report.recommend(options.min_quality)
+    print(
+        f"\nRecommended: exit {cell['exit_layer']}, {cell['truncate_dim']} dimensions, {cell['precision']}: the "
+        f"shallowest with {options.min_quality:.0%} of the best {report.metric}."
+    )
     if options.output:
-        Path(options.output).write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+        report.save(options.output)
+        print(f"Tables and pictures: {options.output}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .model_card import write_model_card
+
+    written = write_model_card(options.model, options.facts, options.grids, options.output)
+    print(f"Wrote {written}.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,13 +181,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="retrieval quality at every (exit, dimension)")
     evaluate.add_argument("model", help="checkpoint directory or Hub name")
     evaluate.add_argument("--queries", required=True, help="JSON lines with `query`, `id` and perhaps `lang`")
-    evaluate.add_argument("--documents", required=True, help="JSON lines with `id` and `document`")
+    evaluate.add_argument(
+        "--documents", help="JSON lines with `id` and `document`; without it, rows of --queries hold a `document` each"
+    )
     evaluate.add_argument("--exit-layers", type=int, nargs="+")
     evaluate.add_argument("--dims", type=int, nargs="+")
     evaluate.add_argument("--max-seq-length", type=int)
     evaluate.add_argument("--batch-size", type=int, default=256)
-    evaluate.add_argument("--output", help="JSON file for all figures")
+    evaluate.add_argument("--precisions", nargs="+", choices=["float32", "int8", "binary"], default=["float32"])
+    evaluate.add_argument("--cutoffs", type=int, nargs="+", default=[10, 100], help="k of MRR@k and Recall@k")
+    evaluate.add_argument("--no-speed", action="store_true", help="leave out latency and throughput")
+    evaluate.add_argument("--min-quality", type=float, default=0.97, help="share of the best that is good enough")
+    evaluate.add_argument("--output", help="directory for grid.json, grid.csv and pictures")
     evaluate.set_defaults(run=_evaluate)
+
+    card = commands.add_parser("card", help="fill a model card from measured grids")
+    card.add_argument("model", help="checkpoint directory")
+    card.add_argument(
+        "--facts", required=True, help="YAML or JSON: name, license, languages, training data, limits, ..."
+    )
+    card.add_argument("--grids", nargs="*", default=[], help="directories or grid.json files of `evaluate --output`")
+    card.add_argument("--output", help="file to write (default: README.md of the checkpoint)")
+    card.set_defaults(run=_card)
     return parser
 
 

@@ -1,15 +1,28 @@
-"""Contrastive fine-tuning of an m3BERT checkpoint at every (exit, dimension) on query-document pairs."""
+"""Contrastive fine-tuning of an m3BERT checkpoint at every (exit, dimension), or at some, on query-document pairs."""
 
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import mine_hard_negatives
+from transformers import AutoConfig
 
 from .multigranular_loss import MultigranularLoss
+from .retrieval_task import load_retrieval_task
 from .sentence_transformer import M3BertSentenceTransformer, build_sentence_transformer
 from .text_data import group_rows, sample_balanced
+from .trainer import last_complete_checkpoint
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -17,69 +30,275 @@ class FinetuneArguments:
     """What to fine-tune on, beside sentence-transformers' own training arguments."""
 
     model: str = field(metadata={"help": "Checkpoint to start from."})
-    train_files: list[str] = field(metadata={"help": "JSON-lines files with `query` and `document` in each row."})
+    train_files: list[str] = field(
+        metadata={"help": "JSON-lines files with `query`, `document` and perhaps `negatives` (a list) in each row."}
+    )
     exclude_files: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation files whose queries and documents must not be trained on."}
     )
     max_pairs: int | None = field(default=None, metadata={"help": "Pairs to draw; all by default."})
     temperature: float = field(
-        default=0.5, metadata={"help": "Sampling over languages and sources: 1 as in the files."}
+        default=0.5, metadata={"help": "Sampling over languages and sources: 1 as in the files, 0 all equal."}
     )
+    granularities: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs exit:dimension to train, such as 4:64 12:768; all of the checkpoint's by default. Layers "
+            "above the deepest are not loaded, and the saved model offers these exits."
+        },
+    )
+    granularity_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each pair."})
+    partial_initialization: bool = field(
+        default=False,
+        metadata={"help": "Allow exits that the checkpoint was not pretrained for: any number of its first layers."},
+    )
+    align_weight: float = field(default=0.0, metadata={"help": "Weight of the alignment with the deepest exit."})
+    align: str = field(default="similarity", metadata={"help": "What is aligned: similarity or embedding."})
     # The lengths, temperature and pooling of the authors' fine-tuning on clicks (arXiv 2605.19568).
     query_length: int = field(default=16, metadata={"help": "Tokens of a query."})
     document_length: int = field(default=64, metadata={"help": "Tokens of a document."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Tokens that the saved model reads of a text."})
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Texts encoded at once, for batches beyond the memory (GradCache)."}
+    )
+    mined_negatives: int = field(
+        default=0, metadata={"help": "Hard negatives to mine for each query before training."}
+    )
+    mining_range: list[int] = field(
+        default_factory=lambda: [10, 100],
+        metadata={"help": "Ranks that negatives are drawn from: the first ones are too often right themselves."},
+    )
+    mining_relative_margin: float | None = field(
+        default=0.05, metadata={"help": "Negatives must be this share less similar than the right document."}
+    )
+    eval_queries: str | None = field(
+        default=None,
+        metadata={"help": "JSON lines with `query`, `id`: measured during training, over eval_documents."},
+    )
+    eval_documents: str | None = field(default=None, metadata={"help": "JSON lines with `id`, `document`."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Queries of the evaluation during training, drawn at random."}
+    )
+    eval_metric: str = field(
+        default="mrr@10", metadata={"help": "What the best checkpoint is chosen by, mean of cells."}
+    )
+
+
+def parse_granularities(texts: list[str] | None) -> list[tuple[int, int]] | None:
+    """Read pairs written as `exit:dimension`.
+
+    Raises:
+        ValueError: If one is not written so.
+    """
+    if texts is None:
+        return None
+    pairs = []
+    for text in texts:
+        exit_layer, _, dimension = str(text).partition(":")
+        if not (exit_layer.isdigit() and dimension.isdigit()):
+            raise ValueError(f"granularities: {text!r} is not exit:dimension, such as 4:64.")
+        pairs.append((int(exit_layer), int(dimension)))
+    return pairs
 
 
 def load_pairs(arguments: FinetuneArguments, seed: int) -> Dataset:
     """Draw pairs over languages and sources and leave out what the evaluation files hold.
 
+    Args:
+        arguments: Files and sampling.
+        seed: Of the draw.
+
+    Returns:
+        Columns `query`, `document` and, where the rows have `negatives`, `negative_1`, `negative_2`, ...
+
     Raises:
-        ValueError: If no pair is left.
+        ValueError: If no pair is left, a row lacks a text or has an empty one, or rows differ in their number of
+            negatives.
     """
     held_out: set[str] = set()
-    for rows in group_rows(arguments.exclude_files).values():
+    evaluation = [*arguments.exclude_files, *filter(None, (arguments.eval_queries, arguments.eval_documents))]
+    for rows in group_rows(evaluation).values():
         held_out.update(row[key] for row in rows for key in ("query", "document") if key in row)
+    groups = group_rows(arguments.train_files, by=("lang", "source"))
+    for rows in groups.values():
+        for row in rows:
+            for key in ("query", "document"):
+                if not isinstance(row.get(key), str) or not row[key].strip():
+                    raise ValueError(f"A row of {arguments.train_files} has no text in {key!r}: {str(row)[:200]}")
     groups = {
         name: [row for row in rows if row["query"] not in held_out and row["document"] not in held_out]
-        for name, rows in group_rows(arguments.train_files, by=("lang", "source")).items()
+        for name, rows in groups.items()
     }
     size = sum(map(len, groups.values())) if arguments.max_pairs is None else arguments.max_pairs
-    drawn = sample_balanced(groups, size, arguments.temperature, seed)
+    drawn = [row for _, row in sample_balanced(groups, size, arguments.temperature, seed)]
     if not drawn:
         raise ValueError(f"No pairs to train on in {arguments.train_files}: rows need `query` and `document`.")
-    return Dataset.from_dict(
-        {"query": [row["query"] for _, row in drawn], "document": [row["document"] for _, row in drawn]}
-    )
+    columns = {"query": [row["query"] for row in drawn], "document": [row["document"] for row in drawn]}
+    counts = Counter(len(row.get("negatives") or []) for row in drawn)
+    if len(counts) > 1:
+        raise ValueError(f"Rows must have the same number of `negatives`; found {dict(counts)} (number: rows).")
+    for index in range(next(iter(counts))):
+        columns[f"negative_{index + 1}"] = [row["negatives"][index] for row in drawn]
+    return Dataset.from_dict(columns)
+
+
+def load_start(arguments: FinetuneArguments) -> tuple[M3BertSentenceTransformer, list[tuple[int, int]]]:
+    """Load the checkpoint, no deeper than asked for, and return it with the pairs to train.
+
+    With `granularities`, the model offers just these exits afterwards, since the others would be left as pretraining
+    made them, useless for search; with a single pair its dimension becomes the default width.
+
+    Raises:
+        ValueError: If an exit or a dimension does not exist, or an exit was not pretrained and
+            `partial_initialization` is not set.
+    """
+    pairs = parse_granularities(arguments.granularities)
+    options: dict[str, Any] = {"max_seq_length": arguments.max_seq_length}
+    if pairs is not None:
+        config = AutoConfig.from_pretrained(arguments.model)
+        exits = sorted({e for e, _ in pairs})
+        if not arguments.partial_initialization:
+            for exit_layer in exits:
+                config.resolve_exit_layer(exit_layer)
+        for _, dimension in pairs:
+            config.resolve_truncate_dim(dimension)
+        unknown = sorted(set(exits) - set(config.exit_layers))
+        if unknown:
+            logger.warning(
+                "Exits %s were not pretrained (the checkpoint's are %s): its first %s layers start as they are.",
+                unknown,
+                list(config.exit_layers),
+                exits[-1],
+            )
+        options["config_kwargs"] = {
+            "num_hidden_layers": exits[-1],
+            "exit_layers": exits,
+            "matryoshka_dimensions": sorted({d for _, d in pairs} | {config.hidden_size}),
+        }
+        if len(pairs) == 1:
+            options["truncate_dim"] = pairs[0][1]
+    model = build_sentence_transformer(arguments.model, **options)
+    config = model.transformers_model.config
+    return model, pairs or [(e, d) for e in config.exit_layers for d in config.matryoshka_dimensions]
 
 
 def finetune(
     arguments: FinetuneArguments, training: SentenceTransformerTrainingArguments
 ) -> M3BertSentenceTransformer:
-    """Fine-tune with InfoNCE and in-batch negatives at all granularities; save in `training.output_dir`.
+    """Fine-tune with InfoNCE and in-batch negatives at all chosen granularities; save in `training.output_dir`.
+
+    With evaluation files, every evaluation measures the grid; `load_best_model_at_end` keeps the checkpoint whose
+    mean over the cells is best.
 
     Args:
-        arguments: Data and lengths.
-        training: Of sentence-transformers.
+        arguments: Data, lengths and granularities.
+        training: Of sentence-transformers. `resume_from_checkpoint` may be a path, `"true"` for the last complete
+            checkpoint, or `"auto"` for that if there is one.
 
     Raises:
-        ValueError: If no pair is left to train on.
+        ValueError: If no pair is left to train on, or an exit or a dimension does not exist.
     """
-    model = build_sentence_transformer(arguments.model, max_seq_length=arguments.max_seq_length)
+    model, granularities = load_start(arguments)
     transformer: Any = model[0]
+    pairs = load_pairs(arguments, training.seed)
+    if arguments.mined_negatives:
+        pairs = mine(model, pairs, arguments)
     transformer.query_length = arguments.query_length
     transformer.document_length = arguments.document_length
-    pairs = load_pairs(arguments, training.seed)
-    loss = MultigranularLoss(model, MultipleNegativesRankingLoss(model, scale=1.0 / arguments.contrastive_temperature))
+    scale = 1.0 / arguments.contrastive_temperature
+    if arguments.mini_batch_size:
+        inner: Any = CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=arguments.mini_batch_size)
+    else:
+        inner = MultipleNegativesRankingLoss(model, scale=scale)
+    loss = MultigranularLoss(
+        model,
+        inner,
+        granularities,
+        arguments.granularity_weights,
+        align_weight=arguments.align_weight,
+        align=arguments.align,  # type: ignore[arg-type]
+    )
     # A column's role is what makes the library cut queries and documents at their own lengths.
-    training.router_mapping = {"query": "query", "document": "document"}
-    trainer = SentenceTransformerTrainer(model=model, args=training, train_dataset=pairs, loss=loss)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    training.router_mapping = {name: "query" if name == "query" else "document" for name in pairs.column_names}
+    asked = arguments.eval_queries or arguments.eval_documents
+    evaluator = _evaluator(arguments, granularities, training) if asked else None
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=training,
+        train_dataset=pairs,
+        loss=loss,
+        evaluator=evaluator,
+    )
+    resume: Any = training.resume_from_checkpoint
+    if str(resume).lower() == "auto":
+        resume = last_complete_checkpoint(training.output_dir)
+    elif str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true"
+    trainer.train(resume_from_checkpoint=resume)
     # The lengths belong to the training run: whoever encodes may give longer texts, up to max_seq_length.
     transformer.query_length = transformer.document_length = None
     model.save_pretrained(str(training.output_dir))
+    trainer.save_state()
     return model
 
 
-__all__ = ["FinetuneArguments", "finetune", "load_pairs"]
+def mine(model: M3BertSentenceTransformer, pairs: Dataset, arguments: FinetuneArguments) -> Dataset:
+    """Add hard negatives with sentence-transformers' `mine_hard_negatives`, found by the model that will be trained.
+
+    Args:
+        model: Searches at its deepest exit and full width.
+        pairs: With columns `query` and `document`.
+        arguments: `mined_negatives`, `mining_range`, `mining_relative_margin`.
+
+    Raises:
+        ValueError: If the pairs have negatives already, or no query has enough of them in the range.
+    """
+    if len(pairs.column_names) > 2:
+        raise ValueError("The training files hold negatives already: leave out mined_negatives.")
+    first, last = arguments.mining_range
+    mined = mine_hard_negatives(
+        pairs,
+        model,
+        anchor_column_name="query",
+        positive_column_name="document",
+        range_min=first,
+        range_max=last,
+        relative_margin=arguments.mining_relative_margin,
+        num_negatives=arguments.mined_negatives,
+        output_format="n-tuple",
+        batch_size=256,
+    )
+    if not len(mined):
+        raise ValueError(
+            f"No query has {arguments.mined_negatives} negatives within ranks {arguments.mining_range}: widen "
+            "mining_range or lower mining_relative_margin."
+        )
+    names = {name: name.replace("negative", "negative_1") for name in mined.column_names if name == "negative"}
+    return mined.rename_columns(names)
+
+
+def _evaluator(arguments: FinetuneArguments, granularities: list[tuple[int, int]], training: Any) -> Any:
+    from .granularity_evaluator import GranularityEvaluator
+
+    if not arguments.eval_documents or not arguments.eval_queries:
+        raise ValueError("eval_queries and eval_documents need each other.")
+    task = load_retrieval_task(arguments.eval_queries, arguments.eval_documents)
+    if arguments.eval_limit:
+        task = task.sample(arguments.eval_limit, training.seed)
+    evaluator = GranularityEvaluator.from_task(
+        task,
+        exit_layers=sorted({e for e, _ in granularities}),
+        truncate_dims=sorted({d for _, d in granularities}),
+        batch_size=training.per_device_eval_batch_size * 8,
+        name=Path(arguments.eval_queries).name.split(".")[0],
+        primary_metric=arguments.eval_metric,
+        measure_speed=False,
+    )
+    if training.load_best_model_at_end and training.metric_for_best_model in (None, "loss"):
+        training.metric_for_best_model = f"eval_{evaluator.primary_metric}"
+        training.greater_is_better = True
+    return evaluator
+
+
+__all__ = ["FinetuneArguments", "finetune", "load_pairs", "load_start", "mine", "parse_granularities"]

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 
@@ -206,6 +207,58 @@ class M3BertSentenceTransformer(SentenceTransformer):
             kwargs["exit_layer"] = exit_layer
         return super().encode(inputs, *args, truncate_dim=truncate_dim, **kwargs)
 
+    @torch.inference_mode()
+    def encode_exits(
+        self,
+        inputs: Sequence[str],
+        exit_layers: Sequence[int] | None = None,
+        task: Literal["query", "document"] | None = None,
+        batch_size: int = 32,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool = False,
+    ) -> dict[int, torch.Tensor]:
+        """Encode texts at several exits in one pass, as `encode` gives them at each (promise of exit consistency).
+
+        Args:
+            inputs: Texts.
+            exit_layers: Exits; `None` means all. Layers above the deepest are not run.
+            task: Encode as `encode_query` or `encode_document` does, with their prompt and length.
+            batch_size: Texts encoded at once, longest first.
+            truncate_dim: Width of the vectors; `None` is `self.truncate_dim`.
+            normalize_embeddings: Return unit vectors.
+            show_progress_bar: Show one.
+
+        Returns:
+            For each exit, vectors [texts, width] in the order of the texts, on the CPU.
+
+        Raises:
+            ValueError: If an exit or the width does not exist.
+        """
+        self._check_truncate_dim(truncate_dim)
+        width = self.truncate_dim if truncate_dim is None else truncate_dim
+        exits = list(self.exit_layers if exit_layers is None else exit_layers)
+        for exit_layer in exits:
+            _encoders(self)[0].config.resolve_exit_layer(exit_layer)
+        names = {"query": ("query",), "document": ("document", "passage", "corpus")}.get(task or "", ())
+        name = next((name for name in names if name in self.prompts), self.default_prompt_name)
+        prompt = self.prompts.get(name) if name is not None else None
+        self.eval()
+        order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+        found: dict[int, list[torch.Tensor]] = {exit_layer: [] for exit_layer in exits}
+        steps = range(0, len(order), batch_size)
+        for start in tqdm(steps, desc="Batches", disable=not show_progress_bar):
+            texts = [inputs[index] for index in order[start : start + batch_size]]
+            features = self.preprocess(texts, prompt=prompt, **({"task": task} if task else {}))
+            features = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
+            for exit_layer, vectors in zip(exits, exit_embeddings(self, features, exits, task), strict=True):
+                vectors = vectors[:, :width].float()
+                if normalize_embeddings:
+                    vectors = nn.functional.normalize(vectors, dim=1)
+                found[exit_layer].append(vectors.cpu())
+        back = torch.tensor(order).argsort()
+        return {exit_layer: torch.cat(parts)[back] for exit_layer, parts in found.items()}
+
     # ------------------------------------------------------------------ saving
 
     def save(self, path: str, *args, **kwargs) -> None:
@@ -265,7 +318,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def exit_embeddings(
-    model: nn.Module, features: dict[str, Any], exit_layers: Sequence[int] | None = None
+    model: nn.Module,
+    features: dict[str, Any],
+    exit_layers: Sequence[int] | None = None,
+    task: str | None = None,
 ) -> list[torch.Tensor]:
     """Return the text vectors of several exits, each [batch, width], from one pass of the encoder.
 
@@ -273,6 +329,7 @@ def exit_embeddings(
         model: An [`M3BertSentenceTransformer`], possibly wrapped for data parallelism or compiled.
         features: Preprocessed texts.
         exit_layers: Exits to return, in this order; layers above the deepest are not run. `None` means all.
+        task: Route of a `Router`: `query` or `document`.
 
     Raises:
         ValueError: If an exit does not exist.
@@ -281,7 +338,8 @@ def exit_embeddings(
     available = core.exit_layers
     wanted = list(available if exit_layers is None else exit_layers)
     deepest = max(wanted)
-    output = model(dict(features), output_exits=True, exit_layer=deepest)
+    route = {"task": task} if task else {}
+    output = model(dict(features), output_exits=True, exit_layer=deepest, **route)
     states = output.pop("exit_hidden_states")
     by_exit = {deepest: output["sentence_embedding"]}
     for exit_layer, state in zip(available, states, strict=False):

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_granularity_evaluator import CORPUS, QUERIES, RELEVANT
+
+from m3bert_hf import GranularityEvaluator
+from m3bert_hf.__main__ import main
+from m3bert_hf.model_card import read_facts, write_model_card
+
+
+@pytest.fixture
+def grid(sentence_model, tmp_path):
+    groups = dict.fromkeys(QUERIES, "en")
+    evaluator = GranularityEvaluator(
+        QUERIES, CORPUS, RELEVANT, groups, precisions=("float32", "int8"), name="texts", cutoffs=(2,)
+    )
+    evaluator.evaluate(sentence_model).save(tmp_path / "grid")
+    return tmp_path / "grid"
+
+
+FACTS = {
+    "name": "tiny",
+    "summary": "A tiny one.",
+    "license": "apache-2.0",
+    "languages": ["en", "de"],
+    "limits": ["It knows nothing."],
+    "stages": [{"name": 1, "what": "w", "data": "d", "steps": 3, "amount": 4, "time": "1 s"}],
+    "peers": {"texts": {"BM25": {"mrr@2": 0.25}}},
+}
+
+
+def test_a_card_says_what_was_measured(checkpoint, grid, tmp_path, capsys):
+    (tmp_path / "facts.yaml").write_text(yaml.safe_dump(FACTS))
+    target = tmp_path / "cards" / "tiny.md"
+    main(
+        [
+            "card",
+            str(checkpoint),
+            "--facts",
+            str(tmp_path / "facts.yaml"),
+            "--grids",
+            str(grid),
+            "--output",
+            str(target),
+        ]
+    )
+    assert str(target) in capsys.readouterr().out
+    card = ModelCard.load(target)
+    assert card.data.license == "apache-2.0" and card.data.language == ["en", "de"]
+    assert {"m3bert", "matryoshka"} <= set(card.data.tags)
+    assert len(card.data.eval_results) == 9
+    import json
+
+    rows = json.loads((grid / "grid.json").read_text())["rows"]
+    by_cell = {(r["exit_layer"], r["truncate_dim"]): r for r in rows if r["precision"] == "float32"}
+    line = " | ".join(f"{by_cell[3, d]['mrr@2']:.3f}" for d in (8, 20, 32))
+    assert f"| exit 3 | {line} |" in card.content
+    assert "| BM25 | 0.250 |" in card.content and "- It knows nothing." in card.content
+    assert "Stored as int8" in card.content and "| 1 | w | d | 3 | 4 | 1 s |" in card.content
+    assert "None" not in card.content and "Undefined" not in card.content
+    pictures = [part.split(")")[0] for part in card.content.split("](")[1:] if ".png" in part.split(")")[0]]
+    assert len(pictures) == 3 and all((target.parent / p).stat().st_size > 5000 for p in pictures)
+
+
+def test_the_card_of_a_checkpoint_without_grids(checkpoint, tmp_path):
+    written = write_model_card(checkpoint, {k: FACTS[k] for k in list(FACTS)[:5]}, output=tmp_path / "README.md")
+    assert "## Figures" not in written.read_text() and "exit_layer=1, truncate_dim=8" in written.read_text()
+
+
+def test_missing_and_unknown_facts_are_named(tmp_path, checkpoint, grid):
+    file = tmp_path / "facts.yaml"
+    for facts, message in (
+        ({**FACTS, "limits": []}, "does not state limits"),
+        ({**FACTS, "licence": "x"}, "states licence, which no card has"),
+        ([], "holds no facts"),
+    ):
+        file.write_text(yaml.safe_dump(facts))
+        with pytest.raises(ValueError, match=message):
+            read_facts(file)
+    with pytest.raises(ValueError, match="holds no grid"):
+        write_model_card(checkpoint, FACTS, [file])
+
+
+def test_the_template_of_facts_is_complete():
+    path = Path(__file__).parent.parent / "model_cards" / "facts-template.yaml"
+    assert read_facts(path)["languages"] == ["en", "de", "ja"]
+    assert (path.parent / "template.md").read_text().startswith("---\n{{ metadata }}")
