@@ -116,3 +116,16 @@ def test_bad_arguments_are_named():
         two_step_search(q, q, 1, shortlist_dim=9)
     with pytest.raises(ValueError, match="shortlist=1 must be at least"):
         two_step_search(q, torch.ones(3, 4), 2, shortlist_dim=2, shortlist=1)
+
+
+@given(rows=st.integers(1, 4), columns=st.integers(1, 900), k=st.integers(1, 12), seed=st.integers(0, 99))
+def test_blocks_of_many_documents_keep_the_best(rows, columns, k, seed):
+    """Enough documents for the selection by groups; rounded, so that some are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    q, d = torch.randn(rows, 2, generator=generator), torch.randn(columns, 2, generator=generator).round(decimals=1)
+    d += (d == 0).all(dim=1, keepdim=True)
+    scores, places = exact_search(q, d, k, document_block=256)
+    every = torch.nn.functional.cosine_similarity(q[:, None], d[None], dim=-1)
+    torch.testing.assert_close(scores, every.topk(min(k, columns), dim=1).values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(every.gather(1, places), scores, atol=1e-5, rtol=1e-5)
+    assert all(len(set(row)) == len(row) for row in places.tolist())

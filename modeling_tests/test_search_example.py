@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3bert_hf import M3BertModel, build_sentence_transformer
-from m3bert_hf.evaluation import evaluate_retrieval
+from m3bert_hf import GranularityEvaluator, M3BertModel, build_sentence_transformer
+from m3bert_hf.retrieval_task import RetrievalTask
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +22,8 @@ def rows(name):
 
 
 def cells(model, task):
-    rows = evaluate_retrieval(model, *task, cutoffs=(10,))
-    return {(row["exit_layer"], row["truncate_dim"]): row["mrr@10"] for row in rows}
+    report = GranularityEvaluator.from_task(task, cutoffs=(10,), measure_speed=False).evaluate(model)
+    return {(row["exit_layer"], row["truncate_dim"]): row["mrr@10"] for row in report.rows}
 
 
 def run(*arguments):
@@ -39,7 +39,7 @@ def test_collection_is_large_and_multilingual():
 def test_labelled_queries_find_their_passages_at_every_granularity():
     passages, queries = rows("passages.jsonl"), rows("queries.jsonl")
     places = {row["id"]: i for i, row in enumerate(passages)}
-    task = (
+    task = RetrievalTask(
         [row["query"] for row in queries],
         [row["document"] for row in passages],
         [{places[row["id"]]} for row in queries],
@@ -48,9 +48,7 @@ def test_labelled_queries_find_their_passages_at_every_granularity():
     grid = cells(model, task)
     torch.manual_seed(0)
     model[0].model = M3BertModel(model[0].model.config).eval()
-    random = {
-        (r["exit_layer"], r["truncate_dim"]): r["mrr@10"] for r in evaluate_retrieval(model, *task, cutoffs=(10,))
-    }
+    random = cells(model, task)
     # Random token vectors already find a passage that shares words with its query, the better the wider they are.
     assert all(grid[cell] > random[cell] + 0.1 for cell in grid), (grid, random)
     assert min(grid.values()) > 0.65 and max(grid.values()) > 0.75, grid

@@ -26,4 +26,4 @@ if [ ! -f runs/nano/finetuned/modules.json ]; then
     "$data"/evaluate/jaquad-dev.jsonl.xz "$data"/evaluate/tquad-dev.jsonl.xz "${resume[@]}"
 fi
 run evaluate runs/nano/finetuned --queries "$data"/evaluate/packages-queries.jsonl.xz \
-  --documents "$data"/evaluate/packages-documents.jsonl.xz --max-seq-length 64 --output runs/nano/packages.json
+  --documents "$data"/evaluate/packages-documents.jsonl.xz --max-seq-length 64 --output runs/nano/packages

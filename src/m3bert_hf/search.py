@@ -36,8 +36,46 @@ def _blocks(documents: Vectors, size: int, device: torch.device) -> Iterator[tup
         yield start, F.normalize(block.to(device).float(), dim=1)
 
 
+_GROUP = 16
+
+
+def _merge(scores: Tensor, indices: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Bring a block's similarities into the best so far, reading each of them once.
+
+    A value enters only if it beats the worst of the best so far, and then the maximum of its group of 16 does. After
+    the first blocks few groups are left in each row, and the selection costs less than the product before it; `topk`
+    over whole rows costs as much as the product.
+
+    Args:
+        scores: Best so far [queries, k], descending, -inf where there is none yet.
+        indices: Their places [queries, k].
+        values: Similarities of a block [queries, documents of the block].
+        start: Place of the block's first document.
+    """
+    k = scores.shape[1]
+    groups = values.shape[1] // _GROUP
+    whole = values[:, : groups * _GROUP].view(len(values), groups, _GROUP)
+    greatest = whole.amax(dim=2)
+    entering = int((greatest > scores[:, -1:]).sum(dim=1).max()) if groups else 0
+    if entering * _GROUP >= values.shape[1] // 4:
+        best = values.topk(min(k, values.shape[1]), dim=1)
+        found, places = best.values, best.indices
+    else:
+        # The groups of greatest maximum hold every value that can enter; rows with fewer of them take some in vain.
+        chosen = greatest.topk(entering, dim=1, sorted=False).indices
+        offsets = torch.arange(_GROUP, device=values.device)
+        places = (chosen[:, :, None] * _GROUP + offsets).flatten(1)
+        rest = torch.arange(groups * _GROUP, values.shape[1], device=values.device).expand(len(values), -1)
+        places = torch.cat([places, rest], dim=1)
+        found = values.gather(1, places)
+    if not found.shape[1]:
+        return scores, indices
+    best = torch.cat([scores, found], dim=1).topk(k, dim=1)
+    return best.values, torch.cat([indices, places + start], dim=1).gather(1, best.indices)
+
+
 def exact_search(
-    queries: Vectors, documents: Vectors, top_k: int, query_block: int = 1024, document_block: int = 65_536
+    queries: Vectors, documents: Vectors, top_k: int, query_block: int = 1024, document_block: int = 16_384
 ) -> tuple[Tensor, Tensor]:
     """Find the documents with the highest cosine similarity, in blocks of bounded memory.
 
@@ -69,11 +107,7 @@ def exact_search(
             rows = slice(first, first + query_block)
             part = queries[rows]
             similarities = torch.mm(part, block.T, out=buffer.flatten()[: len(part) * len(block)].view(len(part), -1))
-            found = similarities.topk(min(top_k, len(block)), dim=1)
-            both = torch.cat([scores[rows], found.values], dim=1)
-            places = torch.cat([indices[rows], found.indices + start], dim=1)
-            scores[rows], order = both.topk(top_k, dim=1)
-            indices[rows] = places.gather(1, order)
+            scores[rows], indices[rows] = _merge(scores[rows], indices[rows], similarities, start)
     return scores, indices
 
 
