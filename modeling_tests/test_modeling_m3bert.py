@@ -227,6 +227,66 @@ def test_flash_attention_gets_the_boundaries_of_packed_documents(monkeypatch):
         model(row.repeat(2, 1), position_ids=positions.repeat(2, 1))
 
 
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_without_padding_the_same_states_and_gradients(architecture, attention, side):
+    model = make(attention=attention, **ARCHITECTURES[architecture])
+    ids, mask = tiny_batch(model.config, lengths=(11, 7, 1, 6, 5))
+    if side == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    elif side == "holes":
+        mask[0, 4:6] = 0
+    found = []
+    for unpad in (True, False, None):
+        model.config.unpad_inputs = unpad
+        model.zero_grad()
+        output = model(ids, mask, output_exits=True)
+        tokens = torch.cat([state[mask.bool()] for state in output.exit_hidden_states])
+        (tokens * torch.linspace(-1, 1, tokens.numel()).view_as(tokens)).sum().backward()
+        found.append([tokens, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for unpadded in (found[0], found[2]):
+        for a, b in zip(unpadded, found[1], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_only_attention_sees_padding():
+    model = make()
+    ids, mask = tiny_batch(model.config, lengths=(11, 7, 1, 6, 5))
+    seen = []
+    model.layers[0].mlp.gate_proj.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
+    with torch.no_grad():
+        padded = model(ids, mask).last_hidden_state
+        model(ids, torch.ones_like(mask))
+        model.config.unpad_inputs = False
+        model(ids, mask)
+    assert seen == [(1, 30), (5, 11), (5, 11)]
+    assert not padded[mask == 0].any()
+
+
+def test_packed_rows_need_no_mask_of_all_pairs(monkeypatch):
+    from m3bert_hf import modeling_m3bert
+
+    model = make()
+    ids, mask = tiny_batch(model.config, lengths=(11, 7, 1, 6, 5))
+    row, _, boundaries, longest = pack(ids, mask)
+    largest = []
+    attend = modeling_m3bert.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watching(module, query, *args, **kwargs):
+        largest.append(query.shape[2])
+        return attend(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_m3bert.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: watching)
+    options = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+    options.update(max_length_q=longest, max_length_k=longest)
+    with torch.no_grad():
+        packed = model(row, **options).last_hidden_state[0]
+        padded = model(ids, mask).last_hidden_state[mask.bool()]
+    assert max(largest) == 11
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- promise 3: depth not asked for
 
 
@@ -354,12 +414,8 @@ def test_compiles_without_graph_breaks_at_every_exit(layer):
         ids, mask = tiny_batch(model.config)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            torch.testing.assert_close(
-                compiled(ids, mask, exit_layer=layer).last_hidden_state,
-                model(ids, mask, exit_layer=layer).last_hidden_state,
-                atol=1e-5,
-                rtol=1e-5,
-            )
+            got, wanted = (m(ids, mask, exit_layer=layer).last_hidden_state[mask.bool()] for m in (compiled, model))
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -391,9 +447,8 @@ def test_hidden_states_attentions_and_embeddings():
     assert len(output.hidden_states) == 5 and len(output.attentions) == 4
     assert output.attentions[0].shape == (3, 4, 11, 11)
     embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(
-        model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, output.last_hidden_state
-    )
+    state = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(state[mask.bool()], output.last_hidden_state[mask.bool()])
     picked = model(ids, mask, output_hidden_states=[2]).hidden_states
     assert sum(state is not None for state in picked) <= 2
 

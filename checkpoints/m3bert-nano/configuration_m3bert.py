@@ -49,6 +49,8 @@ class M3BertConfig(PreTrainedConfig):
         hidden_dropout: Dropout of what attention and feed-forward add to the residual stream.
         classifier_dropout: Dropout before the classifier of the task heads.
         classifier_pooling: `"cls"` (first token) or `"mean"` (all tokens) for sequence classification.
+        unpad_inputs: Whether padded batches run without their padding, which all but attention then never sees.
+            `None`: on a CPU, where a tenth of the batch or more is padding. The states of padding are zero then.
         tie_word_embeddings: Whether the decoder of the masked-language-model head shares the token embeddings.
 
     The names of the released configuration, `mrl_layers`, `mrl_dims` and `cur_dim`, are accepted for `exit_layers`,
@@ -89,6 +91,7 @@ class M3BertConfig(PreTrainedConfig):
     matryoshka_dimensions: list[int] | tuple[int, ...] | None = None
     is_matryoshka: bool = True
     truncate_dim: int | None = None
+    unpad_inputs: bool | None = None
     exit_norm: Literal["shared", "last", "none"] = "shared"
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02

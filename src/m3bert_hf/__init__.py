@@ -14,6 +14,7 @@ from transformers import (
 
 from .configuration_m3bert import M3BertConfig
 from .conversion import convert_released_checkpoint
+from .export import export_submodel
 from .granularity_evaluator import GranularityEvaluator
 from .grid_report import GridReport
 from .loss_m3bert import MLMLossOptions
@@ -33,6 +34,7 @@ from .sentence_transformer import (
     build_sentence_transformer,
     early_exit,
 )
+from .vocabulary_trimming import trim_vocabulary
 
 
 __version__ = "0.1.0"
@@ -85,4 +87,6 @@ __all__ = [
     "build_sentence_transformer",
     "convert_released_checkpoint",
     "early_exit",
+    "export_submodel",
+    "trim_vocabulary",
 ]

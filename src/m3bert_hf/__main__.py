@@ -132,6 +132,51 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"Tables and pictures: {options.output}")
 
 
+def _texts(files: Sequence[str], columns: str, languages: Sequence[str] | None = None) -> list[str]:
+    from .corpus import load_documents
+
+    documents = load_documents(files, columns, "lang")
+    if languages:
+        documents = documents.filter(lambda language: language in languages, input_columns="language")
+        if not len(documents):
+            sys.exit(f"m3bert_hf export: {', '.join(files)} hold no text in {', '.join(languages)}.")
+    return documents["text"][:]
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from .export import export_submodel
+
+    report = export_submodel(
+        options.model,
+        options.output,
+        options.exit_layer,
+        options.truncate_dim,
+        corpus=_texts(options.corpus, options.text_columns, options.corpus_languages) if options.corpus else None,
+        languages=options.languages,
+        min_count=options.min_count,
+        other_texts=_texts(options.sample, options.text_columns)[: options.sample_size] if options.sample else None,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        normalize=not options.no_normalize,
+        keep_mlm_head=False if options.no_head else None,
+    )
+    before = f" (before: {report['parent']['bytes'] / 2**20:.1f} MiB)" if report["parent"] else ""
+    print(f"Saved in {options.output}: exit {report['exit_layer']}, {report['truncate_dim']} dimensions,")
+    print(f"{report['parameters']:,} parameters in {report['dtype']}, {report['bytes'] / 2**20:.1f} MiB{before}.")
+    if "vocabulary" in report:
+        figures = report["vocabulary"]
+        print(f"vocabulary: {figures['new_size']:,} of {figures['old_size']:,} tokens", end="")
+        if "other_texts" in figures:
+            changed = 1 - figures["other_unchanged"]
+            print(f"; {changed:.2%} of {figures['other_texts']:,} other texts are split differently", end="")
+        print(".")
+    print(
+        f"Against the parent on {report['compared_texts']} texts: difference {report['max_difference']:.1e}, least "
+        f"cosine {report['min_cosine']:.6f}."
+    )
+
+
 def _card(options: argparse.Namespace) -> None:
     from .model_card import write_model_card
 
@@ -194,6 +239,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--min-quality", type=float, default=0.97, help="share of the best that is good enough")
     evaluate.add_argument("--output", help="directory for grid.json, grid.csv and pictures")
     evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="one (exit, dimension) and a smaller vocabulary as a model of its own")
+    export.add_argument("model", help="checkpoint directory or Hub name")
+    export.add_argument("output", help="directory to write")
+    export.add_argument("--exit-layer", type=int, help="layer to end at; the deepest by default")
+    export.add_argument("--truncate-dim", type=int, help="width of the vectors; the full one by default")
+    export.add_argument("--corpus", nargs="+", help="files whose tokens stay: JSON lines, text, parquet")
+    export.add_argument("--corpus-languages", nargs="+", help="use the rows of the corpus in these languages (`lang`)")
+    export.add_argument("--text-columns", default="text|query,document", help="default: %(default)s")
+    export.add_argument("--languages", nargs="+", help="languages whose scripts stay, without any text of them")
+    export.add_argument("--min-count", type=int, default=1, help="least count of a token in the corpus")
+    export.add_argument("--sample", nargs="+", help="files of other texts, to measure how the smaller tokenizer fares")
+    export.add_argument("--sample-size", type=int, default=10_000)
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; as they are")
+    export.add_argument("--no-normalize", action="store_true", help="leave the vectors' length as it is")
+    export.add_argument("--no-head", action="store_true", help="leave out the masked-language-model head")
+    export.set_defaults(run=_export)
 
     card = commands.add_parser("card", help="fill a model card from measured grids")
     card.add_argument("model", help="checkpoint directory")

@@ -204,6 +204,7 @@ class M3BertAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
         shape = hidden_states.shape[:-1]
+        documents = kwargs.pop("documents", None)
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -214,17 +215,16 @@ class M3BertAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
+        options = {
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "sliding_window": self.sliding_window,
             **kwargs,
-        )
+        }
+        if documents is not None:
+            output, weights = documents.attend(attend, self, query, key, value, attention_mask, options), None
+        else:
+            output, weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
@@ -262,6 +262,58 @@ class M3BertLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class PackedDocuments:
+    """Documents that follow one another in one row, grouped by length for attention kernels that take rows of padding.
+
+    Everything but attention sees each token once and no padding. For attention, documents of like length form the rows
+    of a group, so that neither a mask of [tokens, tokens] nor the longest document sets the cost.
+
+    Args:
+        lengths: Tokens of each document, in order.
+        device: Of the model's input.
+    """
+
+    # A group takes documents down to this share of its longest one: rows are at least that full.
+    fullness = 0.75
+
+    def __init__(self, lengths: list[int], device):
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+        groups: list[list[int]] = []
+        for document in order:
+            if not groups or lengths[document] < self.fullness * lengths[groups[-1][0]]:
+                groups.append([])
+            groups[-1].append(document)
+        # For each group the places of its tokens [documents, longest], padding pointing at the document's first token,
+        # and which of them are tokens.
+        self.places, self.valid = [], []
+        for group in groups:
+            first = torch.tensor([starts[i] for i in group], device=device)[:, None]
+            length = torch.tensor([lengths[i] for i in group], device=device)[:, None]
+            offset = torch.arange(int(lengths[group[0]]), device=device)[None]
+            valid = offset < length
+            self.places.append(first + offset * valid)
+            self.valid.append(None if lengths[group[-1]] == lengths[group[0]] else valid)
+        tokens = [
+            place.flatten() if valid is None else place[valid]
+            for place, valid in zip(self.places, self.valid, strict=True)
+        ]
+        # Where each token of the row stands among the groups' tokens.
+        self.back = torch.cat(tokens).argsort() if tokens else torch.zeros(0, dtype=torch.long, device=device)
+
+    def attend(self, function, module, query, key, value, masks, options) -> torch.Tensor:
+        """Run an attention function within documents: [1, heads, tokens, head_dim] to [1, tokens, heads, head_dim]."""
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        parts = []
+        for place, valid, mask in zip(self.places, self.valid, masks, strict=True):
+            rows = [states[place].transpose(1, 2) for states in (query, key, value)]
+            output, _ = function(module, *rows, mask, **options)
+            parts.append(output.flatten(0, 1) if valid is None else output[valid])
+        return torch.cat(parts)[self.back][None]
 
 
 class M3BertPreTrainedModel(PreTrainedModel):
@@ -362,6 +414,13 @@ class M3BertPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _padded(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Put the states of tokens [1, tokens, width] where a mask [batch, length] has them; padding is zero."""
+    places = mask.flatten().nonzero().flatten()
+    output = states.new_zeros(mask.numel(), states.shape[-1])
+    return output.index_copy(0, places, states[0]).view(*mask.shape, -1)
+
+
 def _check_range(ids: torch.Tensor, limit: int, what: str, remedy: str) -> None:
     if ids.device.type == "meta" or is_tracing(ids) or not ids.numel():
         return
@@ -447,8 +506,21 @@ class M3BertModel(M3BertPreTrainedModel):
                 f"`attention_mask` of shape {list(attention_mask.shape)} does not fit an input of "
                 f"{list(inputs.shape[:2])} (batch, tokens)."
             )
+        documents = self._documents(inputs, packed, kwargs)
+        padding = None
+        if documents is None and packed is None and padding_mask and self._unpads(attention_mask, kwargs):
+            # The tokens alone, one text after another; what comes out is put back where the tokens stood.
+            padding = attention_mask.bool()
+            documents = PackedDocuments(padding.sum(dim=1).tolist(), inputs.device)
+            position_ids = position_ids.expand(inputs.shape[:2])[padding][None]
+            if input_ids is None:
+                inputs_embeds = inputs_embeds[padding][None]
+            else:
+                input_ids = input_ids[padding][None]
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
-        masks = self._masks(hidden_states, attention_mask, packed)
+        masks = self._masks(hidden_states, attention_mask, packed, documents)
+        if documents is not None:
+            kwargs["documents"] = documents
         angles = {}
         if self.rotary_emb is not None:
             angles = {kind: self.rotary_emb(hidden_states, position_ids, kind) for kind in self.rotary_emb.layer_types}
@@ -463,7 +535,8 @@ class M3BertModel(M3BertPreTrainedModel):
                 **kwargs,
             )
             if depth == exit_layer or (output_exits and depth in self.config.exit_layers):
-                exits.append(self.exit_state(hidden_states, depth))
+                state = self.exit_state(hidden_states, depth)
+                exits.append(state if padding is None else _padded(state, padding))
         return M3BertModelOutput(
             last_hidden_state=exits[-1], exit_hidden_states=tuple(exits) if output_exits else None
         )
@@ -511,18 +584,65 @@ class M3BertModel(M3BertPreTrainedModel):
         longest = int(lengths.max())
         kwargs.update(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=longest, max_length_k=longest)
 
-    def _masks(self, hidden_states, attention_mask, packed):
+    def _unpads(self, attention_mask, kwargs) -> bool:
+        """Whether to leave padding out of everything but attention."""
+        asked = self.config.unpad_inputs
+        if asked is False or is_tracing(attention_mask) or self._records(kwargs):
+            return False
+        if is_flash_attention_requested(self.config) or self.config._attn_implementation == "flex_attention":
+            return False
+        # On a GPU the numbers of tokens would have to be waited for; there it is left to whoever has measured it.
+        if asked is None and attention_mask.device.type != "cpu":
+            return False
+        if "sliding_attention" in self.config.layer_types:
+            # A window counts places in the row: padding between tokens of a text takes part in it.
+            starts = attention_mask[:, :1].sum(dim=1) + (attention_mask.diff(dim=1) > 0).sum(dim=1)
+            if bool((starts > 1).any()):
+                return False
+        tokens = int(attention_mask.sum())
+        # Little padding costs less than taking it out and putting it back.
+        return 0 < tokens <= (1.0 if asked else 0.9) * attention_mask.numel()
+
+    def _records(self, kwargs) -> bool:
+        """Whether states or weights of single layers are asked for, which keep the shape of the input."""
+        names = ("output_attentions", "output_hidden_states")
+        return any(kwargs.get(name) or getattr(self.config, name, False) for name in names)
+
+    def _documents(self, inputs, packed, kwargs) -> PackedDocuments | None:
+        """Return the documents of a packed row, for attention functions that would need a mask [tokens, tokens]."""
+        boundaries = kwargs.get("cu_seq_lens_q")
+        if packed is None or boundaries is None or is_tracing(boundaries) or self._records(kwargs):
+            return None
+        if self.config._attn_implementation not in ("sdpa", "eager") or is_flash_attention_requested(self.config):
+            return None
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        return PackedDocuments(boundaries.diff().tolist(), inputs.device)
+
+    def _masks(self, hidden_states, attention_mask, packed, documents=None):
         if isinstance(attention_mask, dict):
             return attention_mask
+        makers = {
+            "full_attention": create_bidirectional_mask,
+            "sliding_attention": create_bidirectional_sliding_window_mask,
+        }
+        if documents is not None:
+            masks = {}
+            for kind in set(self.config.layer_types):
+                masks[kind] = [
+                    makers[kind](
+                        config=self.config,
+                        inputs_embeds=hidden_states.new_empty(*place.shape, 1),
+                        attention_mask=valid,
+                    )
+                    for place, valid in zip(documents.places, documents.valid, strict=True)
+                ]
+            return masks
         arguments = {
             "config": self.config,
             "inputs_embeds": hidden_states,
             "attention_mask": attention_mask,
             "and_mask_function": None if packed is None else packed_sequence_mask_function(packed),
-        }
-        makers = {
-            "full_attention": create_bidirectional_mask,
-            "sliding_attention": create_bidirectional_sliding_window_mask,
         }
         return {kind: makers[kind](**arguments) for kind in set(self.config.layer_types)}
 
