@@ -175,6 +175,12 @@ def _export(options: argparse.Namespace) -> None:
         f"Against the parent on {report['compared_texts']} texts: difference {report['max_difference']:.1e}, least "
         f"cosine {report['min_cosine']:.6f}."
     )
+    if options.onnx:
+        from .onnx_export import export_onnx
+
+        for int8 in (False, True) if options.int8 else (False,):
+            file = export_onnx(options.output, int8=int8, target=options.target)
+            print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB.")
 
 
 def _card(options: argparse.Namespace) -> None:
@@ -255,6 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; as they are")
     export.add_argument("--no-normalize", action="store_true", help="leave the vectors' length as it is")
     export.add_argument("--no-head", action="store_true", help="leave out the masked-language-model head")
+    export.add_argument("--onnx", action="store_true", help="also onnx/model.onnx, for onnxruntime")
+    export.add_argument("--int8", action="store_true", help="with --onnx, also onnx/model_int8.onnx")
+    export.add_argument("--target", choices=["avx512_vnni", "avx2", "arm64"], default="avx512_vnni", help="of --int8")
     export.set_defaults(run=_export)
 
     card = commands.add_parser("card", help="fill a model card from measured grids")
