@@ -318,9 +318,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
             finally:
                 shutil.rmtree(folder)
-        print(
-            "\n| model | kind | docs/s | tokens/s | GFLOP/s | p50 (ms) | p95 (ms) | load (s) | peak (MiB) | size (MiB) |"
-        )
+        print("\n| model | kind | docs/s | tokens/s | GFLOP/s | p50 (ms) | p95 (ms) | load (s) | peak (MiB) | MiB |")
         print("| --- | --- |" + " ---: |" * 8)
         for row in rows:
             figures = ("documents_per_second", "tokens_per_second", "gflops", "query_p50_ms", "query_p95_ms")

