@@ -18,6 +18,7 @@ large, 429 when too many texts wait.
 import argparse
 import asyncio
 import base64
+import copy
 import json
 import time
 from collections import deque
@@ -169,7 +170,18 @@ class Metrics:
         self.waiting = Gauge("m3bert_waiting_texts", "Texts that wait", registry=self.registry)
 
 
-def read_request(body: Any, model: Any, limits: Limits) -> dict[str, Any]:
+def counting_tokenizer(model: Any) -> Any:
+    """Return a tokenizer of one's own to count tokens with: `encode` sets padding and truncation on the model's.
+
+    Both run in threads, and a fast tokenizer keeps these settings in itself.
+    """
+    backend = copy.deepcopy(model.tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_request(body: Any, model: Any, counter: Any, limits: Limits) -> dict[str, Any]:
     """Check a request's body and fill in defaults.
 
     Raises:
@@ -221,7 +233,7 @@ def read_request(body: Any, model: Any, limits: Limits) -> dict[str, Any]:
     truncate = body.get("truncate", False)
     if not isinstance(truncate, bool):
         raise RequestError(400, f"truncate={truncate!r} must be true or false.", "truncate")
-    lengths = [len(ids) for ids in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    lengths = [len(encoding.ids) for encoding in counter.encode_batch(texts)]
     longest = model.max_seq_length
     if max(lengths) > longest and not truncate:
         index = lengths.index(max(lengths))
@@ -252,6 +264,7 @@ def make_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
     limits = limits or Limits()
     metrics = Metrics()
     tokenizing = ThreadPoolExecutor(1, "tokenize")
+    counter = counting_tokenizer(model)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -273,6 +286,10 @@ def make_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
     async def refused(_: Request, error: RequestError) -> JSONResponse:
         return refusal(error.status, error.message, error.param)
 
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return refusal(500, f"{type(error).__name__}: the server's log has more.")
+
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> JSONResponse:
         start = time.perf_counter()
@@ -286,7 +303,7 @@ def make_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
         except (ValueError, RecursionError) as error:
             raise RequestError(400, f"The body is not JSON: {error}.") from error
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(tokenizing, read_request, body, model, limits)
+        asked = await loop.run_in_executor(tokenizing, read_request, body, model, counter, limits)
         batcher: Batcher = app.state.batcher
         vectors = await batcher.encode(asked["texts"], asked["exit_layer"], asked["task"])
         vectors = np.asarray(vectors, dtype=np.float32)[:, : asked["dimensions"]]
