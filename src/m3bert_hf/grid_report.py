@@ -258,7 +258,7 @@ class GridReport:
             low, high = image.get_clim()
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
-                    dark = value < (low + high) / 2
+                    dark = value < (low + high) / 2 or low == high
                     axis.text(x, y, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
             axis.set_xticks(range(len(dims)), [str(d) for d in dims])
             axis.set_yticks(range(len(exits)), [str(e) for e in exits])
@@ -297,8 +297,10 @@ class GridReport:
         names = self.exit_layers if by_exit else self.truncate_dims
         colors = plt.get_cmap("viridis")([0.85 * i / max(1, len(names) - 1) for i in range(len(names))])
         fills = {"float32": "full", "int8": "left", "binary": "none"}
+        # What documents are stored in changes nothing of the time to encode a query.
+        precisions = self.precisions if by_exit else self.precisions[:1]
         for index, name in enumerate(names):
-            for precision in self.precisions:
+            for precision in precisions:
                 rows = [r for r in self.rows if r[key] == name and r.get("precision", "float32") == precision]
                 label = f"exit {name}" if by_exit else f"d={name}"
                 axis.plot(
@@ -309,9 +311,10 @@ class GridReport:
                     fillstyle=fills.get(precision, "full"),
                     color=colors[index],
                     markersize=8,
-                    label=label if len(self.precisions) == 1 else f"{label}, {precision}",
+                    label=label if len(precisions) == 1 else f"{label}, {precision}",
                 )
-        front = self.pareto_front(cost, metric, smaller=cost != "documents_per_second")
+        shown = [row for row in self.rows if row.get("precision", "float32") in precisions]
+        front = GridReport(shown).pareto_front(cost, metric, smaller=cost != "documents_per_second")
         axis.plot(
             [r[cost] for r in front],
             [r[metric] for r in front],
