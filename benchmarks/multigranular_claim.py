@@ -25,7 +25,6 @@ from what there is.
 import argparse
 import gc
 import json
-import random
 import shutil
 import statistics
 import time
@@ -180,17 +179,8 @@ def tasks(options: argparse.Namespace) -> list[RetrievalTask]:
     """Load the tasks; the pool of the package task is cut to `POOL` documents, the same ones for every method."""
     folder = options.data / "evaluate"
     whole = load_retrieval_task(folder / "packages-queries.jsonl.xz", folder / "packages-documents.jsonl.xz")
-    kept = set().union(*whole.relevant)
-    others = [index for index in range(len(whole.documents)) if index not in kept]
-    chosen = sorted([*kept, *random.Random(0).sample(others, max(0, min(len(others), POOL - len(kept))))])
-    places = {index: place for place, index in enumerate(chosen)}
-    packages = RetrievalTask(
-        whole.queries,
-        [whole.documents[index] for index in chosen],
-        [{places[index] for index in right} for right in whole.relevant],
-        whole.groups,
-        "packages",
-    )
+    packages = whole.with_pool(POOL)
+    packages.name = "packages"
     questions = [load_question_task(folder / f"{name}.jsonl.xz") for name in ("jaquad-dev", "tquad-dev")]
     return [packages, *questions]
 

@@ -8,7 +8,6 @@ precisions, over the queries; quality is MRR@10 with queries and documents encod
 
 import argparse
 import json
-import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,8 @@ from torch.nn.functional import cosine_similarity
 from m3bert_hf import build_sentence_transformer
 from m3bert_hf.onnx_export import export_onnx, load_onnx
 from m3bert_hf.retrieval_metrics import retrieval_metrics
-from m3bert_hf.retrieval_task import RetrievalTask, load_retrieval_task
+from m3bert_hf.retrieval_task import load_retrieval_task
 from m3bert_hf.search import exact_search
-
-
-def cut(task: RetrievalTask, pool: int) -> RetrievalTask:
-    """Keep the right documents and others at random."""
-    kept = set().union(*task.relevant)
-    others = [i for i in range(len(task.documents)) if i not in kept]
-    chosen = sorted([*kept, *random.Random(0).sample(others, max(0, min(len(others), pool - len(kept))))])
-    places = {old: new for new, old in enumerate(chosen)}
-    relevant = [{places[i] for i in right} for right in task.relevant]
-    return RetrievalTask(task.queries, [task.documents[i] for i in chosen], relevant)
 
 
 def main() -> None:
@@ -42,7 +31,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=10_000)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    task = cut(load_retrieval_task(options.queries, options.documents), options.pool)
+    task = load_retrieval_task(options.queries, options.documents).with_pool(options.pool)
     rows: list[dict[str, Any]] = []
     exits = build_sentence_transformer(options.model).exit_layers
     print("| exit | precision | least cosine | 1st percentile | mean cosine | MRR@10 | of float32 |")

@@ -43,6 +43,16 @@ def test_duplicates_and_samples():
     assert part.queries == task.sample(2, seed=1).queries
 
 
+def test_a_smaller_pool_keeps_every_right_document():
+    documents = [f"d{i}" for i in range(20)]
+    task = RetrievalTask(["q", "r"], documents, [{3}, {7, 19}], ["x", "y"], "t")
+    part = task.with_pool(5)
+    assert len(part.documents) == 5 and part.groups == ["x", "y"]
+    for before, after in zip(task.relevant, part.relevant, strict=True):
+        assert {documents[i] for i in before} == {part.documents[i] for i in after}
+    assert part.documents == task.with_pool(5).documents and len(task.with_pool(1).documents) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,40 +13,40 @@ from torch import Tensor, nn
 from .sentence_transformer import M3BertSentenceTransformer, exit_embeddings, unwrap
 
 
-class _StackedExits(nn.Module):
-    """Stands in for the model within a cached loss: its vectors are those of all exits, [batch, exits, width]."""
+class _StandIn(nn.Module):
+    """Takes a model's place within a loss; what it does not define itself, it asks the model for."""
 
-    def __init__(self, model: nn.Module, exit_layers: Sequence[int]):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self._model = [model]  # in a list, so that the model is not a submodule of two modules
-        self._exit_layers = exit_layers
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._model[0], name)
+
+
+class _StackedExits(_StandIn):
+    """Stands in for the model within a cached loss: its vectors are those of all exits, [batch, exits, width]."""
+
+    def __init__(self, model: nn.Module, exit_layers: Sequence[int]):
+        super().__init__(model)
+        self._exit_layers = exit_layers
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         exits = exit_embeddings(self._model[0], features, self._exit_layers)
         return {**features, "sentence_embedding": torch.stack(exits, dim=1)}
 
 
-class _GivenEmbeddings(nn.Module):
+class _GivenEmbeddings(_StandIn):
     """Stands in for the model within a loss that encodes by itself: returns columns of vectors that exist already."""
 
     def __init__(self, model: nn.Module, columns: list[Tensor]):
-        super().__init__()
-        self._model = [model]
+        super().__init__(model)
         self._rows = torch.cat(columns)
         self._sizes = {len(column) for column in columns}
         self._next = 0
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._model[0], name)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         boundaries = features.get("cu_seq_lens_q")
@@ -59,20 +59,13 @@ class _GivenEmbeddings(nn.Module):
         return {**features, "sentence_embedding": rows}
 
 
-class _Remembered(nn.Module):
+class _Remembered(_StandIn):
     """Stands in for a guide model: runs it for the first granularity and repeats its answers for the others."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()
-        self._model = [model]
+        super().__init__(model)
         self._answers: list[Any] = []
         self._next = 0
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._model[0], name)
 
     def rewind(self) -> None:
         self._next = 0

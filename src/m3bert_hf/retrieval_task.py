@@ -66,6 +66,21 @@ class RetrievalTask:
             self.name,
         )
 
+    def with_pool(self, size: int, seed: int = 0) -> "RetrievalTask":
+        """Return the task over `size` documents: all right ones, and others drawn at random."""
+        kept = set().union(*self.relevant)
+        others = [index for index in range(len(self.documents)) if index not in kept]
+        drawn = random.Random(seed).sample(others, max(0, min(len(others), size - len(kept))))
+        chosen = sorted([*kept, *drawn])
+        places = {index: place for place, index in enumerate(chosen)}
+        return RetrievalTask(
+            self.queries,
+            [self.documents[index] for index in chosen],
+            [{places[index] for index in right} for right in self.relevant],
+            self.groups,
+            self.name,
+        )
+
 
 def load_retrieval_task(query_file: str | Path, document_file: str | Path) -> RetrievalTask:
     """Read a task: documents with `id` and `document`; queries with `query`, `id` and perhaps `lang`.
