@@ -44,13 +44,15 @@ def wordpiece(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def loaded_memory(folder: Path) -> float:
-    """Return the MiB that loading a checkpoint and encoding a text adds to a process."""
+    """Return the MiB of resident memory that loading a checkpoint and encoding a text adds to a process."""
     code = (
-        "import resource, sys, torch, sentence_transformers, m3bert_hf\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before = peak()\n"
-        "m3bert_hf.build_sentence_transformer(sys.argv[1], device='cpu').encode('a text')\n"
-        "print(peak() - before)\n"
+        "import sys, torch, sentence_transformers, m3bert_hf\n"
+        "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20\n"
+        "before = resident()\n"
+        "model = m3bert_hf.build_sentence_transformer(sys.argv[1], device='cpu')\n"
+        "model.encode('a text')\n"
+        "sum(p.sum() for p in model.parameters())  # mapped weights count once they are read\n"
+        "print(resident() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
     return float(done.stdout.strip().splitlines()[-1])
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--languages", nargs="+", default=["en", "de", "ja"])
     parser.add_argument("--vocab-size", type=int, default=250_000)
     parser.add_argument("--characters", type=int, default=40_000_000, help="of text for the tokenizers")
+    parser.add_argument("--min-count", type=int, default=1, help="least count of a token in the corpus")
     parser.add_argument("--families", nargs="+", default=["unigram", "bpe", "wordpiece"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -93,7 +96,9 @@ def main() -> None:
             ).save_pretrained(parent)
             tokenizer.save_pretrained(parent)
             start = time.perf_counter()
-            report = export_submodel(parent, child, 4, 64, corpus=corpus, other_texts=others)
+            report = export_submodel(
+                parent, child, 4, 64, corpus=corpus, other_texts=others, min_count=options.min_count
+            )
             figures = report["vocabulary"]
             row = {
                 "family": family,

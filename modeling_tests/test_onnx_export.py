@@ -48,6 +48,10 @@ def test_as_a_sentence_transformer_with_prompts_and_in_int8(checkpoint, tmp_path
     plain = load_onnx(tmp_path / "out", threads=1)
     np.testing.assert_allclose(plain.encode_query(TEXTS), wanted, atol=1e-5)
     assert plain.get_embedding_dimension() == 20
+    torch_model = build_sentence_transformer(tmp_path / "out")
+    torch_model.max_seq_length = plain.max_seq_length = 5
+    assert plain.max_seq_length == 5
+    np.testing.assert_allclose(plain.encode(TEXTS), torch_model.encode(TEXTS), atol=1e-5)
     for target in ("avx512_vnni", "avx2", "arm64"):
         file = export_onnx(tmp_path / "out", int8=True, target=target)
         assert cosine(load_onnx(tmp_path / "out", f"onnx/{file.name}").encode_query(TEXTS), wanted).min() > 0.98

@@ -217,6 +217,15 @@ class _OnnxModule(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_transformer"][0], name)
 
+    @property
+    def max_seq_length(self) -> int | None:
+        return self._transformer[0].max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        # On the module that tokenizes, not on this one.
+        self._transformer[0].max_seq_length = value
+
     def get_embedding_dimension(self) -> int:
         return self.width
 
