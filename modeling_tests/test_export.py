@@ -1,13 +1,21 @@
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TEXTS
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from m3bert_hf import M3BertForMaskedLM, build_sentence_transformer, export_submodel
+from m3bert_hf import (
+    GranularityEvaluator,
+    M3BertForMaskedLM,
+    MultigranularLoss,
+    build_sentence_transformer,
+    export_submodel,
+)
 from m3bert_hf.__main__ import main
 
 
@@ -123,10 +131,61 @@ def test_nothing_is_written_where_something_is_wrong(checkpoint, tmp_path, monke
 
     monkeypatch.setattr(export, "_compare", lambda *_: {"compared_texts": 1, "max_difference": 0.1, "min_cosine": 0.9})
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(ValueError, match="nothing was written"):
         export_submodel(checkpoint, tmp_path / "out", 3)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "precious").exists()
+
+
+def test_what_an_export_must_not_replace(checkpoint, tmp_path, monkeypatch):
+    source = tmp_path / "run" / "checkpoint-5"
+    shutil.copytree(checkpoint, source)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("x")
+    monkeypatch.chdir(tmp_path / "notes")
+    for output, message in (
+        (tmp_path / "run", "the checkpoint to export or holds it"),
+        (source, "the checkpoint to export or holds it"),
+        (tmp_path / "notes", "the working directory"),
+        (tmp_path, "the working directory"),
+        (tmp_path / "notes" / "x.txt", "is no directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_submodel(source, output, 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="something else than a checkpoint"):
+        export_submodel(source, tmp_path / "notes", 1)
+    for _ in range(2):  # an export may replace an export
+        report = export_submodel(source, tmp_path / "out", 1)
+    assert (source / "config.json").exists() and (tmp_path / "notes" / "x.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "out", "run"]
+    shutil.copytree(checkpoint, source / "checkpoint-1")
+    assert export_submodel(source, tmp_path / "out", 1)["parent"] == report["parent"]
+
+
+def test_a_narrow_export_is_measured_and_trained_at_its_own_widths(checkpoint, tmp_path):
+    export_submodel(checkpoint, tmp_path / "out", 3, 20)
+    model = build_sentence_transformer(tmp_path / "out")
+    assert model.embedding_width == 20 and model.matryoshka_dimensions == [8, 20]
+    evaluator = GranularityEvaluator.from_pairs(TEXTS, TEXTS, measure_speed=False)
+    assert evaluator.evaluate(model).truncate_dims == [8, 20]
+    inner = MultipleNegativesRankingLoss(model)
+    assert MultigranularLoss(model, inner).granularities == [(1, 8), (1, 20), (3, 8), (3, 20)]
+    with pytest.raises(ValueError, match="vectors have 20"):
+        MultigranularLoss(model, inner, [(1, 32)])
+    with pytest.raises(ValueError, match="truncate_dim=32"):
+        GranularityEvaluator.from_pairs(TEXTS, TEXTS, truncate_dims=[32]).evaluate(model)
+
+
+def test_a_low_precision_parent_can_be_cut_again(checkpoint, tmp_path):
+    export_submodel(checkpoint, tmp_path / "a", 3, dtype=torch.bfloat16, keep_mlm_head=False)
+    narrow = export_submodel(tmp_path / "a", tmp_path / "b", 1, 20)
+    wide = export_submodel(tmp_path / "a", tmp_path / "c", 1, dtype=torch.float32)
+    assert narrow["min_cosine"] > 0.98 and wide["min_cosine"] > 0.98
+    assert {p.dtype for p in build_sentence_transformer(tmp_path / "b").parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="covers no text"):
+        export_submodel(checkpoint, tmp_path / "d", 1, vocabulary=["<pad>"])
 
 
 def test_command(checkpoint, tmp_path, capsys):

@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from conftest import TEXTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from m3bert_hf import build_sentence_transformer
-from m3bert_hf.finetuning import FinetuneArguments, finetune, load_pairs, load_start
+from m3bert_hf.finetuning import FinetuneArguments, finetune, load_pairs, load_start, parse_granularities
 
 
 @pytest.fixture
@@ -134,6 +135,11 @@ def test_the_best_checkpoint_of_the_grid_is_kept(checkpoint, pairs, tmp_path):
     assert sorted(values) == [2, 4, 6] and state["best_metric"] == max(values.values())
     assert state["best_model_checkpoint"].endswith(str(state["best_global_step"]))
     assert any("eval_q_exit3_dim20_recall@100" in row for row in state["log_history"])
+
+
+def test_a_recipe_may_write_a_pair_without_quotes():
+    pairs = yaml.safe_load("[12:32, 4:64, '2:8']")
+    assert parse_granularities(pairs) == [(12, 32), (4, 64), (2, 8)]
 
 
 def test_rows_without_text_are_named(pairs):

@@ -70,6 +70,9 @@ def test_encode_exits_is_encode_at_each_exit(sentence_model):
             torch.testing.assert_close(vectors[layer], wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="exit_layer=2"):
         sentence_model.encode_exits(TEXTS, [2])
+    with pytest.raises(TypeError, match="put it in a list"):
+        sentence_model.encode_exits(TEXTS[0])
+    assert sentence_model.encode_exits([], [1], truncate_dim=8)[1].shape == (0, 8)
 
 
 def test_a_stock_sentence_transformer_and_a_peer_give_the_same_grid(sentence_model, tmp_path):

@@ -71,6 +71,21 @@ def test_written_and_read(tmp_path):
         GridReport.from_json(tmp_path / "bad.json")
 
 
+def test_one_precision_that_is_not_float32():
+    rows = [{**row, "precision": "int8"} for row in report().rows]
+    grid = GridReport(rows)
+    assert grid.table().splitlines()[-1] == "| exit 4 | 0.700 | 1.000 |"
+    assert grid.flat_metrics()["mean_mrr@10"] == pytest.approx(0.75)
+
+
+def test_negative_values_leave_only_the_best():
+    rows = [{**row, "spearman": -row["mrr@10"]} for row in report().rows]
+    assert key(GridReport(rows, metric="spearman").recommend(0.5)) == (2, 8)
+    rows[0]["spearman"] = float("nan")
+    with pytest.raises(ValueError, match="not a number"):
+        GridReport([rows[0]], metric="spearman").recommend()
+
+
 def test_tables():
     grid = report()
     assert grid.table().splitlines()[-1] == "| exit 4 | 0.700 | 1.000 |"

@@ -264,6 +264,25 @@ def test_only_attention_sees_padding():
     assert not padded[mask == 0].any()
 
 
+def test_a_mask_beside_packed_documents_is_heeded():
+    model = make()
+    ids, mask = tiny_batch(model.config, lengths=(9, 7))
+    row, _, boundaries, longest = pack(ids, mask)
+    options = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+    options.update(max_length_q=longest, max_length_k=longest)
+    hidden = torch.ones_like(row)
+    hidden[0, 2] = 0
+    with torch.no_grad():
+        plain = model(row, **options).last_hidden_state
+        torch.testing.assert_close(
+            model(row, torch.ones_like(row), **options).last_hidden_state, plain, atol=1e-5, rtol=1e-5
+        )
+        masked = model(row, hidden, **options).last_hidden_state
+        recorded = model(row, hidden, output_hidden_states=True, **options).last_hidden_state
+    assert not torch.allclose(masked, plain, atol=1e-3)
+    torch.testing.assert_close(masked, recorded, atol=1e-5, rtol=1e-5)
+
+
 def test_packed_rows_need_no_mask_of_all_pairs(monkeypatch):
     from m3bert_hf import modeling_m3bert
 

@@ -59,6 +59,27 @@ def test_as_a_sentence_transformer_with_prompts_and_in_int8(checkpoint, tmp_path
     assert sorted(files) == ["model.onnx", "model_int8.onnx"]
 
 
+def test_a_loaded_model_is_exported_at_its_default_exit_and_left_as_it_is(checkpoint, tmp_path):
+    model = build_sentence_transformer(checkpoint, model_kwargs={"dtype": torch.bfloat16})
+    model.prompts, model.default_prompt_name = {"query": "q: ", "document": ""}, "query"
+    model.exit_layer = 1
+    model.train()
+    file = export_onnx(model, tmp_path)
+    assert file.name == "model_exit1.onnx" and model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="Name an output_dir"):
+        export_onnx(model)
+
+
+def test_width_and_what_is_fixed_in_the_file(checkpoint, tmp_path):
+    directory = tmp_path / "model"
+    build_sentence_transformer(checkpoint).save_pretrained(str(directory))
+    export_onnx(directory)
+    assert load_onnx(directory, truncate_dim=8).encode("text").shape == (8,)
+    with pytest.raises(ValueError, match="exit_layer cannot be chosen here"):
+        load_onnx(directory, exit_layer=1)
+
+
 def test_a_graph_that_is_wrong_is_not_kept(checkpoint, tmp_path, monkeypatch):
     from m3bert_hf.sentence_transformer import M3BertSentenceTransformer
 
@@ -77,8 +98,6 @@ def test_bad_arguments_are_named(checkpoint, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             export_onnx(checkpoint, tmp_path, **options)
-    with pytest.raises(ValueError, match="Name an output_dir"):
-        export_onnx(build_sentence_transformer(checkpoint))
     with pytest.raises(FileNotFoundError, match="--onnx"):
         load_onnx(checkpoint, "onnx/none.onnx")
 

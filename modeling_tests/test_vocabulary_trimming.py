@@ -118,6 +118,8 @@ def test_languages_keep_their_scripts(families):
     assert all(back(trimmed, text) == tokenizer(text)["input_ids"] for text in (TEXTS[0], TEXTS[5]))
     dropped = set(tokenizer.get_vocab()) - kept
     assert dropped and not any(0x430 <= ord(c) < 0x450 or "a" <= c <= "z" for token in dropped for c in token)
+    with pytest.raises(ValueError, match="byte-level"):
+        trim_vocabulary(families["byte-level bpe"], languages=["ru"])
     with pytest.raises(ValueError, match=r"languages \['xx'\]"):
         trim_vocabulary(tokenizer, languages=["xx"])
 

@@ -1,6 +1,7 @@
 """Configuration of m3BERT: an encoder whose every (exit layer, first d dimensions) is a model by itself."""
 
 import copy
+from numbers import Integral
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -258,7 +259,7 @@ class M3BertConfig(PreTrainedConfig):
         """
         if exit_layer is None:
             return self.num_hidden_layers if self.exit_layer is None else self.exit_layer
-        if exit_layer not in self.exit_layers or isinstance(exit_layer, bool):
+        if not isinstance(exit_layer, Integral) or isinstance(exit_layer, bool) or exit_layer not in self.exit_layers:
             raise ValueError(self._missing_exit_message(exit_layer))
         return exit_layer
 

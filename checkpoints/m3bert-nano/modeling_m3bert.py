@@ -506,7 +506,7 @@ class M3BertModel(M3BertPreTrainedModel):
                 f"`attention_mask` of shape {list(attention_mask.shape)} does not fit an input of "
                 f"{list(inputs.shape[:2])} (batch, tokens)."
             )
-        documents = self._documents(inputs, packed, kwargs)
+        documents = self._documents(inputs, packed, attention_mask, kwargs)
         padding = None
         if documents is None and packed is None and padding_mask and self._unpads(attention_mask, kwargs):
             # The tokens alone, one text after another; what comes out is put back where the tokens stood.
@@ -596,7 +596,7 @@ class M3BertModel(M3BertPreTrainedModel):
             return False
         if "sliding_attention" in self.config.layer_types:
             # A window counts places in the row: padding between tokens of a text takes part in it.
-            starts = attention_mask[:, :1].sum(dim=1) + (attention_mask.diff(dim=1) > 0).sum(dim=1)
+            starts = attention_mask[:, :1].sum(dim=1) + (attention_mask.int().diff(dim=1) > 0).sum(dim=1)
             if bool((starts > 1).any()):
                 return False
         tokens = int(attention_mask.sum())
@@ -608,10 +608,14 @@ class M3BertModel(M3BertPreTrainedModel):
         names = ("output_attentions", "output_hidden_states")
         return any(kwargs.get(name) or getattr(self.config, name, False) for name in names)
 
-    def _documents(self, inputs, packed, kwargs) -> PackedDocuments | None:
+    def _documents(self, inputs, packed, attention_mask, kwargs) -> PackedDocuments | None:
         """Return the documents of a packed row, for attention functions that would need a mask [tokens, tokens]."""
         boundaries = kwargs.get("cu_seq_lens_q")
         if packed is None or boundaries is None or is_tracing(boundaries) or self._records(kwargs):
+            return None
+        # A mask beside the boundaries hides tokens within documents, which only the mask of all pairs can say.
+        plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
+        if attention_mask is not None and not plain:
             return None
         if self.config._attn_implementation not in ("sdpa", "eager") or is_flash_attention_requested(self.config):
             return None

@@ -38,7 +38,7 @@ def bad_body(generator: random.Random) -> bytes:
         {"input": [["a"]]},
         {"input": {"a": 1}},
         {"input": "a", "dimensions": generator.choice([0, -1, 10**9, 1.5, "64", True, None])},
-        {"input": "a", "exit_layer": generator.choice([0, -1, 99, "1", 1.5, [], True])},
+        {"input": "a", "exit_layer": generator.choice([0, -1, 99, "1", 1.0, 1.5, [], True])},
         {"input": "a", "encoding_format": "hex"},
         {"input": "a", "task": "cook"},
         {"input": "a", "truncate": "yes"},

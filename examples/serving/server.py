@@ -209,16 +209,15 @@ def read_request(body: Any, model: Any, counter: Any, limits: Limits) -> dict[st
             )
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
             raise RequestError(400, f"input[{index}] holds half a surrogate pair, which is no text.", "input")
-    config = model.transformers_model.config
-    width = model.truncate_dim or model.get_embedding_dimension()
+    width = model.truncate_dim or model.embedding_width
     dimensions = body.get("dimensions", width)
     if not isinstance(dimensions, int) or isinstance(dimensions, bool) or not 1 <= dimensions <= width:
-        trained = [d for d in config.matryoshka_dimensions if d <= width]
+        trained = [d for d in model.matryoshka_dimensions if d <= width]
         raise RequestError(
             400, f"dimensions={dimensions!r} must be within 1 and {width}; trained are {trained}.", "dimensions"
         )
     exit_layer = body.get("exit_layer", model.exit_layer)
-    if exit_layer not in model.exit_layers or isinstance(exit_layer, bool):
+    if not isinstance(exit_layer, int) or isinstance(exit_layer, bool) or exit_layer not in model.exit_layers:
         raise RequestError(
             400, f"exit_layer={exit_layer!r} does not exist: choose one of {model.exit_layers}.", "exit_layer"
         )
@@ -333,12 +332,11 @@ def make_app(model: Any, name: str, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        config = model.transformers_model.config
         entry = {
             "id": name,
             "object": "model",
             "exit_layers": model.exit_layers,
-            "dimensions": list(config.matryoshka_dimensions),
+            "dimensions": model.matryoshka_dimensions,
             "max_tokens": model.max_seq_length,
         }
         return {"object": "list", "data": [entry]}

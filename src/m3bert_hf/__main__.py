@@ -119,6 +119,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     report = evaluator.evaluate(model)
     report.description["model"] = Path(options.model).name
+    if options.output:
+        report.save(options.output)
     for metric in report.metrics:
         print(f"\n{report.table(metric)}")
     print(f"\n{report.cost_table()}")
@@ -128,7 +130,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"shallowest with {options.min_quality:.0%} of the best {report.metric}."
     )
     if options.output:
-        report.save(options.output)
         print(f"Tables and pictures: {options.output}")
 
 
@@ -175,7 +176,7 @@ def _export(options: argparse.Namespace) -> None:
         f"Against the parent on {report['compared_texts']} texts: difference {report['max_difference']:.1e}, least "
         f"cosine {report['min_cosine']:.6f}."
     )
-    if options.onnx:
+    if options.onnx or options.int8:
         from .onnx_export import export_onnx
 
         for int8 in (False, True) if options.int8 else (False,):
@@ -262,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--no-normalize", action="store_true", help="leave the vectors' length as it is")
     export.add_argument("--no-head", action="store_true", help="leave out the masked-language-model head")
     export.add_argument("--onnx", action="store_true", help="also onnx/model.onnx, for onnxruntime")
-    export.add_argument("--int8", action="store_true", help="with --onnx, also onnx/model_int8.onnx")
+    export.add_argument("--int8", action="store_true", help="also onnx/model.onnx and onnx/model_int8.onnx")
     export.add_argument("--target", choices=["avx512_vnni", "avx2", "arm64"], default="avx512_vnni", help="of --int8")
     export.set_defaults(run=_export)
 

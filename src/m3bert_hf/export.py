@@ -72,11 +72,11 @@ def export_submodel(
         largest difference (`max_difference`, in float32) and least cosine (`min_cosine`) between their vectors.
 
     Raises:
-        ValueError: If the exit or dimension does not exist, nothing is left to keep, or the export does not give the
-            parent's vectors. Nothing is written then.
+        ValueError: If the exit or dimension does not exist, nothing is left to keep, `output_dir` holds something else
+            than a checkpoint, or the export does not give the parent's vectors. Nothing is written then.
     """
     source = str(model) if isinstance(model, (str, Path)) else None
-    output = Path(output_dir)
+    output = _writable(Path(output_dir), source)
     parent, masked_lm = _load(model, exit_layer, keep_mlm_head)
     config = parent.transformers_model.config
     width = config.resolve_truncate_dim(truncate_dim)
@@ -93,6 +93,9 @@ def export_submodel(
     if trimmed is not None:
         report["vocabulary"] = trimmed.report
     probes = _covered(parent, trimmed, texts)
+    if not probes:
+        raise ValueError("What is kept of the vocabulary covers no text to compare vectors on: keep more tokens.")
+    parent_dtype = parent.transformers_model.dtype
     wanted = _encode(parent, probes, width)
 
     encoder = parent.transformers_model
@@ -120,8 +123,10 @@ def export_submodel(
             masked_lm.save_pretrained(draft)
         again = build_sentence_transformer(str(draft))
         report.update(_compare(_encode(again, probes, width, normalized=normalize), wanted))
-        exact = dtype is None or dtype == torch.float32
-        if report["max_difference"] > 1e-5 if exact else report["min_cosine"] < 0.98:
+        exact = parent_dtype == torch.float32 and dtype in (None, torch.float32)
+        # Written so that a vector that is not a number is refused too.
+        good = report["max_difference"] <= 1e-5 if exact else report["min_cosine"] >= 0.98
+        if not good:
             raise ValueError(
                 f"The export does not give its parent's vectors (difference {report['max_difference']:.2g}, cosine "
                 f"{report['min_cosine']:.4f}): nothing was written."
@@ -133,9 +138,22 @@ def export_submodel(
         (draft / "export.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
         _card(report, again, normalize).save(draft / "README.md")
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(Path(folder) / "before")
         shutil.move(str(draft), output)
     return report
+
+
+def _writable(output: Path, source: str | None) -> Path:
+    """Refuse a directory that an export must not replace."""
+    place = output.resolve()
+    for kept, what in ((Path.cwd(), "the working directory"), (source and Path(source), "the checkpoint to export")):
+        if kept and (place == Path(kept).resolve() or place in Path(kept).resolve().parents):
+            raise ValueError(f"output_dir={output} is {what} or holds it: choose another.")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ValueError(f"output_dir={output} is no directory: choose another.")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists():
+        raise ValueError(f"output_dir={output} holds something else than a checkpoint: choose another, or empty it.")
+    return place
 
 
 def _existing(directory: Path) -> Path:
@@ -244,7 +262,7 @@ def _modules(parent: M3BertSentenceTransformer, width: int, normalize: bool, dty
         cut = Dense(full, width, bias=False, activation_function=nn.Identity())
         with torch.no_grad():
             cut.linear.weight.copy_(torch.eye(width, full))
-        modules.append(cut.to(dtype) if dtype is not None else cut)
+        modules.append(cut.to(dtype or parent.transformers_model.dtype))
     if normalize or had_norm:
         modules.append(Normalize())
     return modules
@@ -253,7 +271,10 @@ def _modules(parent: M3BertSentenceTransformer, width: int, normalize: bool, dty
 def _parent_size(source: str | None) -> dict[str, int] | None:
     if source is None or not Path(source).is_dir():
         return None
-    return {"bytes": sum(file.stat().st_size for file in Path(source).rglob("*.safetensors"))}
+    # The modules lie one level down; checkpoints of a training run do too, and are not part of it.
+    folders = [p for p in Path(source).iterdir() if p.is_dir() and not p.name.startswith("checkpoint-")]
+    files = [file for folder in (Path(source), *folders) for file in folder.glob("*.safetensors")]
+    return {"bytes": sum(file.stat().st_size for file in files)}
 
 
 def _card(report: dict[str, Any], model: M3BertSentenceTransformer, normalize: bool) -> ModelCard:

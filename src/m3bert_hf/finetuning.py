@@ -95,6 +95,9 @@ def parse_granularities(texts: list[str] | None) -> list[tuple[int, int]] | None
         return None
     pairs = []
     for text in texts:
+        if isinstance(text, int):
+            # YAML 1.1 reads 12:32 without quotes as a number of base 60.
+            text = "{}:{}".format(*divmod(text, 60))
         exit_layer, _, dimension = str(text).partition(":")
         if not (exit_layer.isdigit() and dimension.isdigit()):
             raise ValueError(f"granularities: {text!r} is not exit:dimension, such as 4:64.")
@@ -126,8 +129,12 @@ def load_pairs(arguments: FinetuneArguments, seed: int) -> Dataset:
             for key in ("query", "document"):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise ValueError(f"A row of {arguments.train_files} has no text in {key!r}: {str(row)[:200]}")
+            if not all(isinstance(text, str) and text.strip() for text in row.get("negatives") or ()):
+                raise ValueError(f"A row of {arguments.train_files} has negatives without text: {str(row)[:200]}")
     groups = {
-        name: [row for row in rows if row["query"] not in held_out and row["document"] not in held_out]
+        name: [
+            row for row in rows if held_out.isdisjoint((row["query"], row["document"], *(row.get("negatives") or ())))
+        ]
         for name, rows in groups.items()
     }
     size = sum(map(len, groups.values())) if arguments.max_pairs is None else arguments.max_pairs
@@ -180,7 +187,7 @@ def load_start(arguments: FinetuneArguments) -> tuple[M3BertSentenceTransformer,
             options["truncate_dim"] = pairs[0][1]
     model = build_sentence_transformer(arguments.model, **options)
     config = model.transformers_model.config
-    return model, pairs or [(e, d) for e in config.exit_layers for d in config.matryoshka_dimensions]
+    return model, pairs or [(e, d) for e in config.exit_layers for d in model.matryoshka_dimensions]
 
 
 def finetune(

@@ -229,7 +229,18 @@ class GranularityEvaluator(SentenceEvaluator):
                     raise ValueError(f"truncate_dim={dimension} does not exist: choose a width within 1 and {width}.")
             return exits, dims
         exits = [config.resolve_exit_layer(e) for e in self.exit_layers or config.exit_layers]
-        dims = [config.resolve_truncate_dim(d) for d in self.truncate_dims or config.matryoshka_dimensions]
+        if isinstance(model, M3BertSentenceTransformer):
+            width, trained = model.embedding_width, model.matryoshka_dimensions
+        else:
+            width = int(model.get_embedding_dimension() or config.hidden_size)
+            trained = [d for d in config.matryoshka_dimensions if d < width] + [width]
+        dims = list(self.truncate_dims or trained)
+        for dimension in dims:
+            if not 1 <= dimension <= width:
+                raise ValueError(
+                    f"truncate_dim={dimension} does not exist: choose a width within 1 and {width}; trained are "
+                    f"{trained}."
+                )
         return exits, dims
 
     def _encode(

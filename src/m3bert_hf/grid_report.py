@@ -132,7 +132,10 @@ class GridReport:
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured: choose one of {self.metrics}.")
         best = max(row[metric] for row in self.rows)
-        good = [row for row in self.rows if row[metric] >= min_quality * best]
+        # A share of a negative correlation would be above it: then only the best is good.
+        good = [row for row in self.rows if row[metric] >= min(best, min_quality * best)]
+        if not good:
+            raise ValueError(f"{metric} is not a number in some cell: there is nothing to choose by.")
         names = ("exit_layer", "bytes_per_vector") if prefer == "latency" else ("bytes_per_vector", "exit_layer")
         return min(good, key=lambda row: (row[names[0]], row[names[1]], -row[metric]))
 
@@ -154,9 +157,10 @@ class GridReport:
 
     # ------------------------------------------------------------------ writing
 
-    def table(self, metric: str | None = None, precision: str = "float32", digits: int = 3) -> str:
-        """Return a Markdown table of one metric: exits down, dimensions across."""
+    def table(self, metric: str | None = None, precision: str | None = None, digits: int = 3) -> str:
+        """Return a Markdown table of one metric: exits down, dimensions across; the first precision by default."""
         metric = metric or self.metric
+        precision = precision or self.precisions[0]
         dims = self.truncate_dims
         lines = [f"| {metric_label(metric)} | " + " | ".join(f"d={d}" for d in dims) + " |"]
         lines.append("| --- |" + " ---: |" * len(dims))

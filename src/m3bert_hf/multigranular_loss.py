@@ -166,12 +166,17 @@ class MultigranularLoss(nn.Module):
             )
         config = model.transformers_model.config
         if granularities is None:
-            granularities = [(e, d) for e in config.exit_layers for d in config.matryoshka_dimensions]
+            granularities = [(e, d) for e in config.exit_layers for d in model.matryoshka_dimensions]
         if not granularities:
             raise ValueError("granularities is empty: name pairs (exit layer, dimension), or None for all.")
         for exit_layer, dimension in granularities:
             config.resolve_exit_layer(exit_layer)
             config.resolve_truncate_dim(dimension)
+            if dimension > model.embedding_width:
+                raise ValueError(
+                    f"truncate_dim={dimension} does not exist: this model's vectors have {model.embedding_width} "
+                    "dimensions."
+                )
         if weights is not None and len(weights) != len(granularities):
             raise ValueError(f"{len(weights)} weights do not fit {len(granularities)} granularities.")
         if align not in ("similarity", "embedding"):
@@ -189,7 +194,7 @@ class MultigranularLoss(nn.Module):
         self.align_temperature = float(align_temperature)
         self.normalize_embeddings = normalize_embeddings
         self.exit_layers = sorted({e for e, _ in self.granularities})
-        self.width = config.hidden_size
+        self.width = model.embedding_width
         # Distillation losses compute from a teacher's vectors in the place of labels: those encode by themselves here.
         compute = getattr(loss, "compute_loss_from_embeddings", None)
         self._computes_from_embeddings = compute is not None and "labels" in signature(compute).parameters

@@ -5,6 +5,7 @@ in the text's vector, pooled, cut to its dimension and normalised as the checkpo
 needs a tokenizer and onnxruntime and nothing else.
 """
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -90,17 +91,20 @@ def export_onnx(
     else:
         if output_dir is None:
             raise ValueError("Name an output_dir: a loaded model has no directory.")
-        directory, loaded = Path(output_dir), model
+        # A copy: exporting moves it to the CPU, to float32 and to evaluation.
+        directory, loaded = Path(output_dir), copy.deepcopy(model).to("cpu")
+    exit_layer = loaded.exit_layer if exit_layer is None else exit_layer
     config = loaded.transformers_model.config
     width = loaded.truncate_dim if truncate_dim is None else truncate_dim
     loaded._check_truncate_dim(width)
-    deepest = exit_layer is None or exit_layer == config.checkpoint_layers
+    deepest = exit_layer == config.checkpoint_layers
     name = "model" + ("" if deepest else f"_exit{exit_layer}") + ("_int8" if int8 else "") + ".onnx"
     file = directory / "onnx" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     plain = file if not int8 else file.with_suffix(".float32")
     with loaded.early_exit(exit_layer):
-        _write_graph(_Pipeline(loaded, width).eval().float(), plain, config)
+        loaded.eval().float()
+        _write_graph(_Pipeline(loaded, width), plain, config)
         _verify(loaded, width, plain, runtime)
     if int8:
         _quantize(plain, file, target)
@@ -137,9 +141,9 @@ def _verify(model: M3BertSentenceTransformer, width: int | None, file: Path, run
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     inputs = {name: features[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
     got = session.run(_OUTPUTS[:1], inputs)[0]
-    wanted = model.encode(texts, truncate_dim=width)
+    wanted = model.encode(texts, prompt="", truncate_dim=width)
     difference = float(np.abs(got - wanted).max() / np.abs(wanted).max())
-    if difference > 1e-4:
+    if not difference <= 1e-4:
         file.unlink()
         raise ValueError(
             f"The ONNX graph differs from the model by {difference:.2g} of its largest value: not written."
@@ -248,15 +252,19 @@ def load_onnx(
         model: Directory of the checkpoint.
         file_name: File within it.
         threads: Threads of a run; `None` leaves it to onnxruntime.
-        **kwargs: What `SentenceTransformer` takes.
+        **kwargs: What `SentenceTransformer` takes, but for what is fixed in the file.
 
     Raises:
         FileNotFoundError: If the file does not exist.
+        ValueError: If `exit_layer`, `pooling_mode` or `device` is asked for: they are fixed in the file.
         ImportError: If onnxruntime is not installed.
     """
     file = Path(model) / file_name
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: write it with export_onnx or `m3bert_hf export --onnx`.")
+    fixed = sorted({"exit_layer", "pooling_mode", "device", "backend"} & set(kwargs))
+    if fixed:
+        raise ValueError(f"{', '.join(fixed)} cannot be chosen here: an ONNX file has its own. Export another one.")
     loaded = build_sentence_transformer(str(model), device="cpu", **kwargs)
     transformer: Any = loaded[0]
     encoder = OnnxEncoder(file, loaded.transformers_model.config, threads)
@@ -268,6 +276,7 @@ def load_onnx(
         prompts={name: prompt for name, prompt in loaded.prompts.items() if prompt is not None},
         default_prompt_name=loaded.default_prompt_name,
         similarity_fn_name=loaded.similarity_fn_name,
+        truncate_dim=loaded.truncate_dim,
         device="cpu",
     )
 

@@ -166,13 +166,24 @@ class M3BertSentenceTransformer(SentenceTransformer):
         self._check_truncate_dim(value)
         self._truncate_dim = value
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of what the last module gives, before `truncate_dim`; an export may be narrower than its encoder."""
+        modules: list[Any] = list(self.children())
+        return next(m.get_embedding_dimension() for m in reversed(modules) if hasattr(m, "get_embedding_dimension"))
+
+    @property
+    def matryoshka_dimensions(self) -> list[int]:
+        """Trained dimensions that this model can give."""
+        width = self.embedding_width
+        return sorted({d for d in _encoders(self)[0].config.matryoshka_dimensions if d < width} | {width})
+
     def _check_truncate_dim(self, value: int | None) -> None:
         # During construction there is no width to check against yet; __init__ checks at its end.
         trained = self.__dict__.get("_trained_dims")
         if value is None or trained is None:
             return
-        modules: list[Any] = list(self.children())
-        width = next(m.get_embedding_dimension() for m in reversed(modules) if hasattr(m, "get_embedding_dimension"))
+        width = self.embedding_width
         if not 1 <= value <= width:
             raise ValueError(
                 f"truncate_dim={value} does not exist: choose a width within 1 and {width}; trained are "
@@ -233,8 +244,11 @@ class M3BertSentenceTransformer(SentenceTransformer):
             For each exit, vectors [texts, width] in the order of the texts, on the CPU.
 
         Raises:
+            TypeError: If `inputs` is a single text.
             ValueError: If an exit or the width does not exist.
         """
+        if isinstance(inputs, str):
+            raise TypeError("encode_exits takes a list of texts, got one text: put it in a list.")
         self._check_truncate_dim(truncate_dim)
         width = self.truncate_dim if truncate_dim is None else truncate_dim
         exits = list(self.exit_layers if exit_layers is None else exit_layers)
@@ -244,6 +258,8 @@ class M3BertSentenceTransformer(SentenceTransformer):
         name = next((name for name in names if name in self.prompts), self.default_prompt_name)
         prompt = self.prompts.get(name) if name is not None else None
         self.eval()
+        if not len(inputs):
+            return {exit_layer: torch.empty(0, width or self.embedding_width) for exit_layer in exits}
         order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
         found: dict[int, list[torch.Tensor]] = {exit_layer: [] for exit_layer in exits}
         steps = range(0, len(order), batch_size)

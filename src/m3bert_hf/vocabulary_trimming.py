@@ -188,6 +188,11 @@ def trim_vocabulary(
         kept.update(index for index, count in counts.items() if count >= min_count and index in tokens)
         characters.update(*texts, *(_normalized(tokenizer, texts)))
     if languages is not None:
+        if "ByteLevel" in json.dumps(content.get("pre_tokenizer")):
+            raise ValueError(
+                "`languages` cannot be used with a byte-level tokenizer, whose tokens are not written in the scripts: "
+                "pass a corpus of their texts."
+            )
         kept.update(_in_scripts(tokens, languages))
     if vocabulary is not None:
         for token in vocabulary:
