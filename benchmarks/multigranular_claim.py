@@ -383,9 +383,9 @@ def report(options: argparse.Namespace) -> str:
             for width in DIMS:
                 values = [figures[f"query {e}, documents {EXITS[-1]}, {width}"]["mrr@10"] for e in EXITS]
                 lines.append(f"| {method} | {width} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
-    lines.append(
-        f"\nSeeds: {len(found.get(('D', f'{names[0]}/2:32'), []))}. Time of all runs: {seconds / 60:.0f} min."
-    )
+    counts = {m: len(found.get((m, f"{names[0]}/2:32"), [])) for m in METHODS}
+    shown = ", ".join(f"{method} {count}" for method, count in counts.items() if count)
+    lines.append(f"\nSeeds at (2, 32): {shown}. Time of all runs: {seconds / 60:.0f} min.")
     return "\n".join(lines)
 
 
