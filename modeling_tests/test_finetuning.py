@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,7 +8,15 @@ from conftest import TEXTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from m3bert_hf import build_sentence_transformer
-from m3bert_hf.finetuning import FinetuneArguments, finetune, load_pairs, load_start, parse_granularities
+from m3bert_hf.finetuning import (
+    FinetuneArguments,
+    count_tokens,
+    finetune,
+    load_pairs,
+    load_start,
+    parse_granularities,
+)
+from m3bert_hf.multigranular_loss import MultigranularLoss
 
 
 @pytest.fixture
@@ -53,6 +62,56 @@ def test_what_is_evaluated_is_never_trained_on(pairs, tmp_path):
     arguments.exclude_files = [str(pairs)]
     with pytest.raises(ValueError, match="No pairs to train on"):
         load_pairs(arguments, seed=0)
+
+
+def many_pairs(path, sizes):
+    rows = [
+        {"source": source, "lang": lang, "query": f"{source} {lang} {i}", "document": f"about {source} {lang} {i:02}"}
+        for (source, lang), size in sizes.items()
+        for i in range(size)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return FinetuneArguments("unused", [str(path)], batches_by=["source", "lang"], temperature=1.0)
+
+
+def test_a_batch_has_one_source_and_language_where_there_are_enough(tmp_path):
+    sizes = {("a", "x"): 7, ("a", "y"): 2, ("a", "z"): 3, ("b", "x"): 1, ("others", "x"): 6}
+    parts = load_pairs(many_pairs(tmp_path / "p.jsonl", sizes), 0, batch_size=5)
+    # What is too small for a batch joins the rest of its source, and after that the rest of all.
+    assert {name: len(part) for name, part in parts.items()} == {"a/x": 7, "a": 5, "others/x": 6, "others": 1}
+    assert {text.split()[2] for text in parts["a"]["document"]} == {"y", "z"}
+    queries = [text for part in parts.values() for text in part["query"]]
+    assert len(queries) == len(set(queries)) == sum(sizes.values())
+
+
+def test_training_in_batches_of_neighbours(checkpoint, tmp_path, monkeypatch):
+    arguments = many_pairs(tmp_path / "p.jsonl", {("a", "x"): 14, ("a", "y"): 12, ("b", "x"): 3})
+    arguments.model, arguments.neighbours, arguments.whiten_embeddings = str(checkpoint), 3, True
+    batches = []
+    forward = MultigranularLoss.forward
+
+    def watch(self, features, labels):
+        batches.append(self.model.tokenizer.batch_decode(features[1]["input_ids"], skip_special_tokens=True))
+        return forward(self, features, labels)
+
+    monkeypatch.setattr(MultigranularLoss, "forward", watch)
+    finetune(arguments, arguments_for(tmp_path, max_steps=-1, num_train_epochs=1))
+    assert sorted(text for batch in batches for text in batch) == sorted(
+        f"about {group} {i:02}" for group, size in (("a x", 14), ("a y", 12), ("b x", 3)) for i in range(size)
+    )
+    for batch in batches:
+        assert len({text[:-3] for text in batch}) == 1
+
+
+def test_tokens_are_counted_as_they_are_trained_on(checkpoint, pairs):
+    model = build_sentence_transformer(checkpoint)
+    arguments = FinetuneArguments(str(checkpoint), [str(pairs)], query_length=4, document_length=6)
+    data = load_pairs(arguments, 0)
+    counts = count_tokens(model, data, arguments)
+    ids = [i for row in data for i in model.tokenizer(row["query"], truncation=True, max_length=4)["input_ids"]]
+    ids += [i for row in data for i in model.tokenizer(row["document"], truncation=True, max_length=6)["input_ids"]]
+    assert {i: n for i, n in enumerate(counts.tolist()) if n} == dict(Counter(ids))
+    assert counts[model.tokenizer.cls_token_id] == 2 * len(data)
 
 
 def arguments_for(tmp_path, **options):

@@ -35,6 +35,7 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
         nfkc=not options.no_nfkc,
         model_max_length=options.model_max_length,
         model=options.model,
+        lowercase=options.lowercase,
     )
     tokenizer.save_pretrained(options.output)
     print(
@@ -81,11 +82,15 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
 
 def _finetune(arguments: Sequence[str]) -> None:
+    import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     from .finetuning import FinetuneArguments, finetune
 
     classes = (FinetuneArguments, SentenceTransformerTrainingArguments)
+    if not torch.accelerator.is_available():
+        # Otherwise `bf16: true` is refused, although CPUs have it.
+        arguments = [*arguments, "--use_cpu", "true"]
     own, training = _parse_recipe(classes, arguments, "m3bert_hf finetune")
     finetune(own, training)
 
@@ -214,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--temperature", type=float, default=0.3, help="language balance, 1 as is, 0 equal")
     tokenizer.add_argument("--model-max-length", type=int, default=512)
     tokenizer.add_argument("--no-nfkc", action="store_true", help="leave Unicode as it is")
+    tokenizer.add_argument("--lowercase", action="store_true", help="an uncased vocabulary: for small models")
     tokenizer.add_argument("--seed", type=int, default=0)
     tokenizer.set_defaults(run=_train_tokenizer)
 

@@ -1,12 +1,15 @@
 """Contrastive fine-tuning of an m3BERT checkpoint at every (exit, dimension), or at some, on query-document pairs."""
 
 import logging
+import random
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -15,14 +18,21 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoConfig
 
+from .masked_language_loss import MaskedLanguageLoss, SaveMaskedLanguageHead
+from .modeling_m3bert import M3BertForMaskedLM
 from .multigranular_loss import MultigranularLoss
+from .neighbour_batches import NeighbourBatchSampler
 from .retrieval_task import load_retrieval_task
 from .sentence_transformer import M3BertSentenceTransformer, build_sentence_transformer
 from .text_data import group_rows, sample_balanced
 from .trainer import last_complete_checkpoint
+from .whitening import whiten_embeddings
 
 
 logger = logging.getLogger(__name__)
+
+# The name of the dataset of texts to be masked, among those of the pairs.
+MASKED_TEXTS = "masked-texts"
 
 
 @dataclass
@@ -40,6 +50,20 @@ class FinetuneArguments:
     temperature: float = field(
         default=0.5, metadata={"help": "Sampling over languages and sources: 1 as in the files, 0 all equal."}
     )
+    batches_by: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Fields such as source and lang that all rows of a batch share, so that in-batch negatives cannot "
+            "be told apart by them; groups smaller than a batch are joined by the first field, then into one."
+        },
+    )
+    neighbours: int = field(
+        default=1,
+        metadata={
+            "help": "Documents that follow one another in alphabetical order to put in a batch together, as harder "
+            "negatives (NeighbourBatchSampler); 1 draws each by itself, by `batch_sampler`."
+        },
+    )
     granularities: list[str] | None = field(
         default=None,
         metadata={
@@ -52,8 +76,22 @@ class FinetuneArguments:
         default=False,
         metadata={"help": "Allow exits that the checkpoint was not pretrained for: any number of its first layers."},
     )
+    whiten_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Undo the collapse of a model that was pretrained for minutes or hours (whiten_embeddings)."
+        },
+    )
     align_weight: float = field(default=0.0, metadata={"help": "Weight of the alignment with the deepest exit."})
     align: str = field(default="similarity", metadata={"help": "What is aligned: similarity or embedding."})
+    masked_language_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained checkpoint whose masked-language head is trained along, so that the result still "
+            "fills in words; one process only."
+        },
+    )
+    masked_language_share: float = field(default=0.25, metadata={"help": "Share of the batches that are masked text."})
     # The lengths, temperature and pooling of the authors' fine-tuning on clicks (arXiv 2605.19568).
     query_length: int = field(default=16, metadata={"help": "Tokens of a query."})
     document_length: int = field(default=64, metadata={"help": "Tokens of a document."})
@@ -105,15 +143,17 @@ def parse_granularities(texts: list[str] | None) -> list[tuple[int, int]] | None
     return pairs
 
 
-def load_pairs(arguments: FinetuneArguments, seed: int) -> Dataset:
+def load_pairs(arguments: FinetuneArguments, seed: int, batch_size: int = 1) -> Dataset | DatasetDict:
     """Draw pairs over languages and sources and leave out what the evaluation files hold.
 
     Args:
         arguments: Files and sampling.
         seed: Of the draw.
+        batch_size: Rows that a group of `batches_by` must have to stand by itself.
 
     Returns:
-        Columns `query`, `document` and, where the rows have `negatives`, `negative_1`, `negative_2`, ...
+        Columns `query`, `document` and, where the rows have `negatives`, `negative_1`, `negative_2`, ...; with
+        `batches_by`, one dataset for each group, which sentence-transformers draws whole batches from.
 
     Raises:
         ValueError: If no pair is left, a row lacks a text or has an empty one, or rows differ in their number of
@@ -141,13 +181,35 @@ def load_pairs(arguments: FinetuneArguments, seed: int) -> Dataset:
     drawn = [row for _, row in sample_balanced(groups, size, arguments.temperature, seed)]
     if not drawn:
         raise ValueError(f"No pairs to train on in {arguments.train_files}: rows need `query` and `document`.")
-    columns = {"query": [row["query"] for row in drawn], "document": [row["document"] for row in drawn]}
     counts = Counter(len(row.get("negatives") or []) for row in drawn)
     if len(counts) > 1:
         raise ValueError(f"Rows must have the same number of `negatives`; found {dict(counts)} (number: rows).")
-    for index in range(next(iter(counts))):
-        columns[f"negative_{index + 1}"] = [row["negatives"][index] for row in drawn]
+    if not arguments.batches_by:
+        return _columns(drawn)
+    parts = _batch_groups(drawn, arguments.batches_by, batch_size)
+    return DatasetDict({name: _columns(rows) for name, rows in parts.items()})
+
+
+def _columns(rows: list[dict[str, Any]]) -> Dataset:
+    columns = {name: [row[name] for row in rows] for name in ("query", "document")}
+    for index in range(len(rows[0].get("negatives") or [])):
+        columns[f"negative_{index + 1}"] = [row["negatives"][index] for row in rows]
     return Dataset.from_dict(columns)
+
+
+def _batch_groups(rows: list[dict[str, Any]], fields: list[str], batch_size: int) -> dict[str, list[dict[str, Any]]]:
+    """Group rows by all fields; groups below a batch fall back to fewer fields, the last of them to one rest."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    left = rows
+    for depth in range(len(fields), 0, -1):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in left:
+            found.setdefault("/".join(str(row.get(name, "")) for name in fields[:depth]), []).append(row)
+        groups.update({name: part for name, part in found.items() if len(part) >= batch_size})
+        left = [row for part in found.values() if len(part) < batch_size for row in part]
+    if left:
+        groups.setdefault("others", []).extend(left)
+    return groups
 
 
 def load_start(arguments: FinetuneArguments) -> tuple[M3BertSentenceTransformer, list[tuple[int, int]]]:
@@ -208,9 +270,14 @@ def finetune(
     """
     model, granularities = load_start(arguments)
     transformer: Any = model[0]
-    pairs = load_pairs(arguments, training.seed)
-    if arguments.mined_negatives:
+    pairs = load_pairs(arguments, training.seed, training.train_batch_size)
+    if arguments.mined_negatives and isinstance(pairs, DatasetDict):
+        pairs = DatasetDict({name: mine(model, part, arguments) for name, part in pairs.items()})
+    elif arguments.mined_negatives:
         pairs = mine(model, pairs, arguments)
+    if arguments.whiten_embeddings:
+        # A run that is resumed reads its weights from the checkpoint afterwards.
+        whiten_embeddings(transformer.model, count_tokens(model, pairs, arguments))
     transformer.query_length = arguments.query_length
     transformer.document_length = arguments.document_length
     scale = 1.0 / arguments.contrastive_temperature
@@ -227,27 +294,91 @@ def finetune(
         align=arguments.align,  # type: ignore[arg-type]
     )
     # A column's role is what makes the library cut queries and documents at their own lengths.
-    training.router_mapping = {name: "query" if name == "query" else "document" for name in pairs.column_names}
+    columns = next(iter(pairs.values())).column_names if isinstance(pairs, DatasetDict) else pairs.column_names
+    routes = {name: "query" if name == "query" else "document" for name in columns}
+    training.router_mapping = dict.fromkeys(pairs, routes) if isinstance(pairs, DatasetDict) else routes
+    if arguments.neighbours > 1:
+        training.batch_sampler = partial(NeighbourBatchSampler, neighbours=arguments.neighbours)
+    masked = callback = None
+    losses: Any = loss
+    if arguments.masked_language_model:
+        masked = _masked_language_loss(model, arguments, training)
+        callback = SaveMaskedLanguageHead(masked)
+        pairs = pairs if isinstance(pairs, DatasetDict) else DatasetDict(pairs=pairs)
+        losses = {**dict.fromkeys(pairs, loss), MASKED_TEXTS: masked}
+        training.router_mapping = {**dict.fromkeys(pairs, routes), MASKED_TEXTS: {"document": "document"}}
+        pairs[MASKED_TEXTS] = _masked_texts(pairs, arguments.masked_language_share, training.seed)
     asked = arguments.eval_queries or arguments.eval_documents
     evaluator = _evaluator(arguments, granularities, training) if asked else None
     trainer = SentenceTransformerTrainer(
         model=model,
         args=training,
         train_dataset=pairs,
-        loss=loss,
+        loss=losses,
         evaluator=evaluator,
+        callbacks=None if callback is None else [callback],
     )
     resume: Any = training.resume_from_checkpoint
     if str(resume).lower() == "auto":
         resume = last_complete_checkpoint(training.output_dir)
     elif str(resume).lower() in ("true", "false"):
         resume = str(resume).lower() == "true"
+    if callback is not None and resume:
+        callback.restore(last_complete_checkpoint(training.output_dir) or "" if resume is True else resume)
     trainer.train(resume_from_checkpoint=resume)
     # The lengths belong to the training run: whoever encodes may give longer texts, up to max_seq_length.
     transformer.query_length = transformer.document_length = None
     model.save_pretrained(str(training.output_dir))
+    if masked is not None:
+        masked.save(str(training.output_dir))
     trainer.save_state()
     return model
+
+
+def _masked_language_loss(
+    model: M3BertSentenceTransformer,
+    arguments: FinetuneArguments,
+    training: SentenceTransformerTrainingArguments,
+) -> MaskedLanguageLoss:
+    if training.world_size > 1:
+        raise ValueError(
+            f"masked_language_model trains in one process, not in {training.world_size}: the head belongs to a loss, "
+            "whose weights sentence-transformers does not synchronise."
+        )
+    if not 0 < arguments.masked_language_share < 1:
+        raise ValueError(f"masked_language_share={arguments.masked_language_share} must be between 0 and 1.")
+    return MaskedLanguageLoss(model, M3BertForMaskedLM.from_pretrained(arguments.masked_language_model))
+
+
+def _masked_texts(pairs: DatasetDict, share: float, seed: int) -> Dataset:
+    """Draw documents of the pairs such that they make up `share` of all batches."""
+    texts = sorted({text for part in pairs.values() for text in part["document"]})
+    generator = random.Random(seed)
+    generator.shuffle(texts)
+    wanted = round(sum(map(len, pairs.values())) * share / (1 - share))
+    return Dataset.from_dict({"document": [texts[index % len(texts)] for index in range(max(wanted, 1))]})
+
+
+def count_tokens(
+    model: M3BertSentenceTransformer, pairs: Dataset | DatasetDict, arguments: FinetuneArguments, rows: int = 20000
+) -> torch.Tensor:
+    """Count the tokens [vocab_size] of queries and documents, cut at their lengths, in the first rows of each dataset.
+
+    Args:
+        model: Whose tokenizer counts.
+        pairs: With columns `query` and `document`.
+        arguments: `query_length` and `document_length`.
+        rows: To read at most, shared by the datasets in proportion to their sizes.
+    """
+    parts = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
+    total = sum(map(len, parts))
+    counts = torch.zeros(model.transformers_model.config.vocab_size, dtype=torch.long)
+    for part in parts:
+        some = part.select(range(min(len(part), -(-rows * len(part) // total))))
+        for column, length in (("query", arguments.query_length), ("document", arguments.document_length)):
+            ids = model.tokenizer(list(some[column]), truncation=True, max_length=length)["input_ids"]
+            counts += torch.bincount(torch.tensor([i for row in ids for i in row]), minlength=len(counts))
+    return counts
 
 
 def mine(model: M3BertSentenceTransformer, pairs: Dataset, arguments: FinetuneArguments) -> Dataset:

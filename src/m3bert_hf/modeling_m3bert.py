@@ -341,6 +341,9 @@ class M3BertPreTrainedModel(PreTrainedModel):
         patterns = [rf"(^|\.)layers\.({'|'.join(map(str, left_out))})\."] if left_out else []
         if config.exit_norm == "none":
             patterns.append(rf"^({self.base_model_prefix}\.)?norm\.weight$")
+        if isinstance(self, M3BertModel):
+            # A checkpoint with its masked-language head is as good a source as one without.
+            patterns += [r"^head\.", r"^decoder\."]
         self._keys_to_ignore_on_load_unexpected = patterns
 
     @torch.no_grad()

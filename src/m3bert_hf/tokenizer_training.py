@@ -14,7 +14,12 @@ _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, nfkc: bool = True, model_max_length: int = 512, model: str = "unigram"
+    texts: Iterable[str],
+    vocab_size: int,
+    nfkc: bool = True,
+    model_max_length: int = 512,
+    model: str = "unigram",
+    lowercase: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer in which no text is unknown.
 
@@ -28,6 +33,8 @@ def train_tokenizer(
         nfkc: Whether to normalise text to NFKC.
         model_max_length: Longest input in tokens that the tokenizer announces.
         model: `"unigram"` or `"bpe"`.
+        lowercase: Whether to lowercase text: a small vocabulary then spends no entry twice, and a query matches a
+            document however either is capitalised. The case is lost to tasks that need it, such as named entities.
 
     Raises:
         ValueError: If the model is neither, `vocab_size` leaves no room beside special and byte tokens, or there is
@@ -39,7 +46,9 @@ def train_tokenizer(
     if vocab_size <= reserved:
         raise ValueError(f"vocab_size={vocab_size} leaves no room for words: {reserved} tokens are reserved.")
     normalizer = normalizers.Sequence(
-        ([normalizers.NFKC()] if nfkc else []) + [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        ([normalizers.NFKC()] if nfkc else [])
+        + ([normalizers.Lowercase()] if lowercase else [])
+        + [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )
     pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+import torch
+from conftest import TEXTS, tiny_config
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from transformers import AutoModelForMaskedLM
+
+from m3bert_hf import M3BertForMaskedLM, build_sentence_transformer
+from m3bert_hf.finetuning import FinetuneArguments, finetune
+from m3bert_hf.masked_language_loss import HEAD_FILE, MaskedLanguageLoss
+from m3bert_hf.trainer import last_complete_checkpoint
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"lang": "x", "source": "s", "query": text[:10], "document": text} for text in TEXTS]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def masked(checkpoint):
+    model = build_sentence_transformer(checkpoint)
+    return MaskedLanguageLoss(model, M3BertForMaskedLM.from_pretrained(checkpoint))
+
+
+def features_of(model, texts):
+    return model.preprocess(texts)
+
+
+def training(tmp_path, **options):
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=3,
+        learning_rate=5e-3,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def test_the_loss_is_that_of_pretraining_on_the_same_masks(checkpoint, masked):
+    features = features_of(masked.model, TEXTS[:4])
+    seen = {}
+
+    def remember(module, arguments, keywords):
+        seen.update(keywords)
+
+    masked.masked_lm.loss_options.stochastic_granularities = None
+    masked.masked_lm.register_forward_pre_hook(remember, with_kwargs=True)
+    value = masked([features])
+    assert (seen["labels"] != -100).any() and (seen["labels"][features["attention_mask"] == 0] == -100).all()
+    alone = M3BertForMaskedLM.from_pretrained(checkpoint).train(masked.training)
+    assert torch.allclose(value, alone(**seen).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_encoder_is_shared_and_the_head_learns(tokenizer, tied, tmp_path):
+    M3BertForMaskedLM(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    masked = MaskedLanguageLoss(build_sentence_transformer(tmp_path), M3BertForMaskedLM.from_pretrained(tmp_path))
+    masked([features_of(masked.model, TEXTS)]).backward()
+    encoder = masked.model.transformers_model
+    assert masked.masked_lm.model is encoder
+    assert (masked.masked_lm.decoder.weight is encoder.embeddings.word_embeddings.weight) == tied
+    assert ("decoder.weight" in masked.head_state()) != tied
+    assert all(p.grad is not None for p in (encoder.layers[0].mlp.up_proj.weight, masked.masked_lm.head.dense.weight))
+
+
+def test_a_head_of_another_size_is_refused(checkpoint, masked):
+    other = M3BertForMaskedLM.from_pretrained(checkpoint)
+    other.config.vocab_size = 24
+    with pytest.raises(ValueError, match="vocab_size=24, the model"):
+        MaskedLanguageLoss(masked.model, other)
+
+
+def test_fine_tuned_along_and_loaded_three_ways(checkpoint, pairs, tmp_path):
+    arguments = FinetuneArguments(
+        str(checkpoint),
+        [str(pairs)],
+        batches_by=["source"],
+        masked_language_model=str(checkpoint),
+        masked_language_share=0.5,
+    )
+    model = finetune(arguments, training(tmp_path, max_steps=12))
+    output = tmp_path / "out"
+    before, after = (AutoModelForMaskedLM.from_pretrained(path) for path in (checkpoint, output))
+    assert not torch.equal(before.head.dense.weight, after.head.dense.weight)
+    again = SentenceTransformer(str(output))
+    expected = model.encode(TEXTS, exit_layer=3, truncate_dim=8)
+    assert (again.encode(TEXTS, exit_layer=3, truncate_dim=8) == expected).all()
+    assert torch.equal(after.model.layers[0].mlp.up_proj.weight, again[0].model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_resumed_run_has_the_same_head(checkpoint, pairs, tmp_path):
+    arguments = FinetuneArguments(
+        str(checkpoint), [str(pairs)], masked_language_model=str(checkpoint), masked_language_share=0.5
+    )
+    for name, options in (("whole", {}), ("resumed", {"resume_from_checkpoint": "auto"})):
+        run = training(tmp_path / name, max_steps=6, save_steps=3, **options)
+        if name == "resumed":
+            # The run up to its first checkpoint, as the whole one left it.
+            source, target = tmp_path / "whole/out/checkpoint-3", tmp_path / "resumed/out/checkpoint-3"
+            target.parent.mkdir(parents=True)
+            source.rename(target)
+            assert (target / HEAD_FILE).exists() and last_complete_checkpoint(target.parent) == str(target)
+        finetune(arguments, run)
+    whole, resumed = (M3BertForMaskedLM.from_pretrained(tmp_path / name / "out") for name in ("whole", "resumed"))
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6), name
+
+
+def test_bad_shares_are_named(checkpoint, pairs, tmp_path):
+    arguments = FinetuneArguments(
+        str(checkpoint), [str(pairs)], masked_language_model=str(checkpoint), masked_language_share=1.0
+    )
+    with pytest.raises(ValueError, match=r"masked_language_share=1.0 must be between 0 and 1"):
+        finetune(arguments, training(tmp_path))

@@ -1,0 +1,130 @@
+"""Masked language modelling beside contrastive fine-tuning, so that a model for search can still fill in words."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .loss_m3bert import IGNORE_INDEX, MLMLossOptions
+from .masking import M3BertDataCollator
+from .modeling_m3bert import M3BertForMaskedLM
+from .sentence_transformer import M3BertSentenceTransformer
+
+
+HEAD_FILE = "masked_language_head.safetensors"
+
+
+class MaskedLanguageLoss(nn.Module):
+    """The multigranular pretraining loss of a `SentenceTransformer`'s encoder on texts that are masked here.
+
+    Contrastive training alone leaves the masked-language head behind: the states, and with tied weights the decoder,
+    move away from under it. sentence-transformers draws whole batches from one of several datasets, each with a loss
+    of its own; one dataset of texts with this loss keeps the head in step.
+
+    Args:
+        model: Whose encoder is shared.
+        masked_lm: Where the head comes from; its encoder is replaced by the model's.
+        mask_ratio: Share of the tokens to predict.
+        options: Of the loss; by default, each token is scored at two granularities drawn at random.
+
+    Raises:
+        ValueError: If the head does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: M3BertSentenceTransformer,
+        masked_lm: M3BertForMaskedLM,
+        mask_ratio: float = 0.2,
+        options: MLMLossOptions | None = None,
+    ):
+        super().__init__()
+        encoder: Any = model.transformers_model
+        for name in ("hidden_size", "vocab_size", "tie_word_embeddings"):
+            ours, theirs = getattr(encoder.config, name), getattr(masked_lm.config, name)
+            if ours != theirs:
+                raise ValueError(f"The masked-language head has {name}={theirs}, the model {ours}.")
+        self.model = model
+        masked_lm.model = encoder
+        masked_lm.config = encoder.config
+        masked_lm.tie_weights()
+        masked_lm.loss_options = options or MLMLossOptions(
+            stochastic_granularities=min(
+                2, len(encoder.config.exit_layers) * len(encoder.config.matryoshka_dimensions)
+            )
+        )
+        self.masked_lm = masked_lm
+        self.mask = M3BertDataCollator(model.tokenizer, mask_ratio).mask
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Mask each column's texts and return the sum of their losses (a scalar).
+
+        Args:
+            sentence_features: Preprocessed texts of each column.
+            labels: Not read.
+        """
+        total: Any = 0.0
+        for features in sentence_features:
+            ids = features["input_ids"]
+            masked, targets = ids.cpu().numpy().copy(), ids.cpu().numpy().copy()
+            targets.fill(IGNORE_INDEX)
+            for row, length in enumerate(features["attention_mask"].sum(dim=1).tolist()):
+                # Drawn from torch's generator, whose state checkpoints keep.
+                masked[row, :length], targets[row, :length] = self.mask(masked[row, :length], None)
+            output = self.masked_lm(
+                input_ids=torch.from_numpy(masked).to(ids.device),
+                attention_mask=features["attention_mask"],
+                labels=torch.from_numpy(targets).to(ids.device),
+            )
+            total = total + output.loss
+        return total
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return the weights that the encoder does not hold, by their names in `M3BertForMaskedLM`."""
+        tied = self.masked_lm.config.tie_word_embeddings
+        return {
+            name: weight.detach().contiguous()
+            for name, weight in self.masked_lm.state_dict().items()
+            if not name.startswith("model.") and not (tied and name == "decoder.weight")
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write encoder and head in place of the encoder that a saved `SentenceTransformer` holds.
+
+        The directory then loads as `M3BertForMaskedLM`, as `M3BertModel` and as a `SentenceTransformer`.
+
+        Args:
+            directory: Of the saved model.
+        """
+        self.masked_lm.save_pretrained(directory)
+
+
+class SaveMaskedLanguageHead(TrainerCallback):
+    """Keep the head in every checkpoint: sentence-transformers saves the model there, and not what losses hold."""
+
+    def __init__(self, loss: MaskedLanguageLoss):
+        self.loss = loss
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Write the head into the checkpoint just saved."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(self.loss.head_state(), checkpoint / HEAD_FILE)
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Read the head of a checkpoint.
+
+        Raises:
+            FileNotFoundError: If the checkpoint has none.
+            ValueError: If the head is another one.
+        """
+        missing = self.loss.masked_lm.load_state_dict(load_file(Path(checkpoint) / HEAD_FILE), strict=False)
+        if missing.unexpected_keys:
+            raise ValueError(f"{checkpoint} has weights that the head does not: {missing.unexpected_keys}.")
+
+
+__all__ = ["MaskedLanguageLoss", "SaveMaskedLanguageHead"]
