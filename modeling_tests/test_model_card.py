@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_granularity_evaluator import CORPUS, QUERIES, RELEVANT
 
-from m3bert_hf import GranularityEvaluator
+from m3bert_hf import GranularityEvaluator, GridReport
 from m3bert_hf.__main__ import main
 from m3bert_hf.model_card import read_facts, write_model_card
 
@@ -87,3 +87,27 @@ def test_the_template_of_facts_is_complete():
     path = Path(__file__).parent.parent / "model_cards" / "facts-template.yaml"
     assert read_facts(path)["languages"] == ["en", "de", "ja"]
     assert (path.parent / "template.md").read_text().startswith("---\n{{ metadata }}")
+
+
+def test_a_reference_group_is_told_apart_from_the_mean_of_the_others(checkpoint, tmp_path):
+    def row(exit_layer, value):
+        groups = {"en": (value, 40), "de": (0.2, 30), "fr": (0.4, 90), "ja": (0.9, 29)}
+        return {
+            "exit_layer": exit_layer,
+            "truncate_dim": 8,
+            "precision": "float32",
+            "mrr@10": value,
+            "bytes_per_vector": 32,
+            "groups": {name: {"mrr@10": score, "queries": number} for name, (score, number) in groups.items()},
+        }
+
+    report = GridReport([row(1, 0.5), row(3, 0.7)], {"task": "t", "queries": 189, "documents": 9})
+    report.to_json(tmp_path / "grid.json")
+    peers = {"t": {"BM25": {"mrr@10": 0.1, "mrr@10/en": 0.25, "mrr@10/others": 0.05}}}
+    facts = {**FACTS, "reference_group": "en", "peers": peers}
+    text = write_model_card(checkpoint, facts, [tmp_path / "grid.json"], tmp_path / "card.md").read_text()
+    assert "MRR@10, mean of the 2 other groups of 30 queries or more:" in text
+    assert "| exit 1 | 0.500 |" in text and text.count("| exit 3 | 0.300 |") == 1
+    assert "| model | MRR@10 | MRR@10/en | MRR@10/others |" in text
+    assert "| this, exit 3, 8 dimensions | 0.700 | 0.700 | 0.300 |" in text
+    assert "| BM25 | 0.100 | 0.250 | 0.050 |" in text

@@ -26,9 +26,14 @@ _OPTIONAL = (
     "commit",
     "pictures",
     "peers",
+    "reference_group",
     "tags",
     "datasets",
 )
+
+
+# Groups of fewer queries say more about the draw than about the model.
+_LEAST_QUERIES = 30
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -67,8 +72,9 @@ def write_model_card(
         model: Directory of the checkpoint.
         facts: YAML or JSON file, or its content: `name`, `summary`, `license`, `languages`, `limits`; perhaps
             `training_data`, `stages` (each with name, what, data, steps, amount, time), `hardware`, `commands`,
-            `commit`, `pictures` (each with path and caption), `peers` (task: name: metrics), `tags`, `datasets`,
-            `path` (what users load).
+            `commit`, `pictures` (each with path and caption), `peers` (task: name: metrics), `reference_group` (a
+            group, such as the language of the documents, to tell apart from the mean of the others; peers' metrics
+            of the two are `mrr@10/GROUP` and `mrr@10/others`), `tags`, `datasets`, `path` (what users load).
         grids: Directories or JSON files that `evaluate --output` wrote.
         output: File; `None` means README.md of the checkpoint. Pictures lie in a folder beside it.
 
@@ -83,7 +89,8 @@ def write_model_card(
     folder = output.parent / ("pictures" if output.name == "README.md" else f"{output.stem}-pictures")
     config = AutoConfig.from_pretrained(model)
     reports = [GridReport.from_json(_grid_file(path)) for path in grids]
-    sections = [_section(report, facts.get("peers") or {}, folder, output.parent) for report in reports]
+    group = facts.get("reference_group")
+    sections = [_section(report, facts.get("peers") or {}, folder, output.parent, group) for report in reports]
     pictures = []
     for picture in facts.get("pictures") or []:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +174,9 @@ def _metadata(facts: dict[str, Any], reports: Sequence[GridReport]) -> ModelCard
     return data
 
 
-def _section(report: GridReport, peers: dict[str, Any], folder: Path, root: Path) -> dict[str, Any]:
+def _section(
+    report: GridReport, peers: dict[str, Any], folder: Path, root: Path, group: str | None = None
+) -> dict[str, Any]:
     about = report.description
     task = str(about.get("task") or "task")
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,8 +200,10 @@ def _section(report: GridReport, peers: dict[str, Any], folder: Path, root: Path
     return {
         "title": task,
         "how": f"{size}; texts cut at {about.get('max_seq_length')} tokens.",
-        "tables": [report.table(m, precision=report.precisions[0]) for m in metrics] + _other_precisions(report),
-        "peers": _peer_table(report, peers.get(task) or {}),
+        "tables": [report.table(m, precision=report.precisions[0]) for m in metrics]
+        + _group_grids(report, group)
+        + _other_precisions(report),
+        "peers": _peer_table(report, peers.get(task) or {}, group),
         "groups": _group_table(report),
         "costs": report.cost_table() if "query_p50_ms" in report.rows[0] else "",
         "machine": f"{about.get('device')}, {about.get('threads')} threads, torch {about.get('torch')}",
@@ -219,20 +230,49 @@ def _other_precisions(report: GridReport) -> list[str]:
     ]
 
 
-def _peer_table(report: GridReport, peers: dict[str, Any]) -> str:
+def _told_apart(report: GridReport, row: dict[str, Any], group: str | None) -> dict[str, float]:
+    """Return the main metric of the reference group and the mean of the others, if the row has these groups."""
+    groups = [name for name, figures in row.get("groups", {}).items() if figures["queries"] >= _LEAST_QUERIES]
+    if group not in groups or len(groups) < 2:
+        return {}
+    return {
+        f"{report.metric}/{group}": row["groups"][group][report.metric],
+        f"{report.metric}/others": report.group_mean(row, report.metric, [str(group)], _LEAST_QUERIES),
+    }
+
+
+def _group_grids(report: GridReport, group: str | None) -> list[str]:
+    """Return a table of all cells for the reference group, and one for the mean of the others."""
+    rows = [{**row, **_told_apart(report, row, group)} for row in report.rows]
+    names = list(_told_apart(report, report.rows[0], group))
+    if not names:
+        return []
+    label = metric_label(report.metric)
+    number = sum(g["queries"] >= _LEAST_QUERIES for g in report.rows[0]["groups"].values()) - 1
+    titles = (
+        f"{label} of {group}:",
+        f"{label}, mean of the {number} other groups of {_LEAST_QUERIES} queries or more:",
+    )
+    told = GridReport(rows)
+    return [f"{title}\n\n{told.table(name)}" for title, name in zip(titles, names, strict=True)]
+
+
+def _peer_table(report: GridReport, peers: dict[str, Any], group: str | None = None) -> str:
     if not peers:
         return ""
-    metrics = [m for m in report.metrics if any(m in figures for figures in peers.values())]
     best = max(report.rows, key=lambda row: row[report.metric])
+    first = [row for row in report.rows if row["exit_layer"] == report.exit_layers[0]]
+    shown = {f"this, exit {row['exit_layer']}, {row['truncate_dim']} dimensions": row for row in (best, *first)}
+    figures = {name: {**row, **_told_apart(report, row, group)} for name, row in shown.items()}
+    names = [*report.metrics, *_told_apart(report, best, group)]
+    metrics = [m for m in names if any(m in peer for peer in peers.values())]
     lines = ["| model | " + " | ".join(map(metric_label, metrics)) + " |", "| --- |" + " ---: |" * len(metrics)]
-    own = " | ".join(f"{best[m]:.3f}" for m in metrics)
-    lines.append(f"| this, exit {best['exit_layer']}, {best['truncate_dim']} dimensions | {own} |")
-    for name, figures in peers.items():
-        lines.append(f"| {name} | " + " | ".join(f"{figures[m]:.3f}" if m in figures else "" for m in metrics) + " |")
+    for name, values in [*figures.items(), *peers.items()]:
+        lines.append(f"| {name} | " + " | ".join(f"{values[m]:.3f}" if m in values else "" for m in metrics) + " |")
     return "\n".join(lines)
 
 
-def _group_table(report: GridReport, at_least: int = 30) -> str:
+def _group_table(report: GridReport, at_least: int = _LEAST_QUERIES) -> str:
     """Return the best cell and the smallest one by group, those of few queries left out."""
     best = max(report.rows, key=lambda row: row[report.metric])
     least = min(report.rows, key=lambda row: (row["exit_layer"], row["truncate_dim"]))
