@@ -1,29 +1,46 @@
 #!/usr/bin/env bash
-# From text files to a searchable model at every (exit, dimension), in about half an hour on two CPU cores:
-# tokenizer, masked pretraining, contrastive fine-tuning, retrieval metrics.
+# m3bert-nano from text files to a measured checkpoint with its card, in about two and a half hours on two CPU cores.
 #
 # usage: examples/nano/run.sh DATA
-#   DATA/pretrain/*        JSON lines with `text` and `lang`
-#   DATA/finetune/*        JSON lines with `query`, `document`, `lang` and `source`
-#   DATA/evaluate/*        packages-queries.jsonl.xz, packages-documents.jsonl.xz; everything here is kept out of training
-# A run that was stopped goes on with RESUME=1; finished stages are not repeated.
+#   DATA/pretrain/stage1-* stage2-* stage3-*   JSON lines with `text` and `lang`
+#   DATA/finetune/*                            JSON lines with `query`, `document`, `lang` and `source`
+#   DATA/evaluate/*                            packages-queries, packages-documents, jaquad-dev, tquad-dev (.jsonl.xz);
+#                                              everything here is kept out of training
+# A run that was stopped goes on where it was; finished stages are not repeated. PROCESSES=1 trains in one process.
 set -euo pipefail
 data=${1:?usage: examples/nano/run.sh DATA}
+out=runs/m3bert-nano
+recipes=examples/pretraining/nano
+evaluation=("$data"/evaluate/{packages-queries,packages-documents,jaquad-dev,tquad-dev}.jsonl.xz)
 run() { python -m m3bert_hf "$@"; }
-resume=()
-[ -n "${RESUME:-}" ] && resume=(--resume_from_checkpoint true)
 
-if [ ! -f runs/nano/tokenizer/tokenizer.json ]; then
-  run train-tokenizer "$data"/pretrain/* "$data"/finetune/* --output runs/nano/tokenizer \
-    --vocab-size 20480 --texts 24000 --max-characters 500 --temperature 0.4 --model-max-length 128
+if [ ! -f $out/tokenizer/tokenizer.json ]; then
+  run train-tokenizer "$data"/pretrain/* "$data"/finetune/* --output $out/tokenizer --lowercase \
+    --vocab-size 32768 --texts 48000 --max-characters 400 --temperature 0.5 --model-max-length 128
 fi
-if [ ! -f runs/nano/pretrained/trainer_state.json ]; then
-  run pretrain examples/nano/pretrain.yaml --train_files "$data"/pretrain/* --resume_from_checkpoint auto
+
+# stage, file of the recipe, steps, stage before
+pretrain() {
+  if [ ! -f "$out/$1/eval_results.json" ]; then
+    run pretrain "$recipes/$2.yaml" --train_files "$data/pretrain/$1"-* --tokenizer $out/tokenizer \
+      --output_dir "$out/$1" --max_steps "$3" --resume_from_checkpoint auto ${4:+--init_from "$out/$4"}
+  fi
+}
+pretrain stage1 stage1_monolingual 400
+pretrain stage2 stage2_multilingual 800 stage1
+pretrain stage3 stage3_web 800 stage2
+run curves $out/stage1 $out/stage2 $out/stage3 --output $out/curves.png
+
+if [ ! -f $out/pairs/validation-queries.jsonl.gz ]; then
+  python examples/nano/prepare_pairs.py "$data"/finetune/* --output $out/pairs
 fi
-if [ ! -f runs/nano/finetuned/modules.json ]; then
-  run finetune examples/nano/finetune.yaml --train_files "$data"/finetune/* \
-    --exclude_files "$data"/evaluate/packages-queries.jsonl.xz "$data"/evaluate/packages-documents.jsonl.xz \
-    "$data"/evaluate/jaquad-dev.jsonl.xz "$data"/evaluate/tquad-dev.jsonl.xz "${resume[@]}"
+if [ ! -f $out/finetuned/modules.json ]; then
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node "${PROCESSES:-2}" -m m3bert_hf finetune examples/nano/finetune.yaml \
+    --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
 fi
-run evaluate runs/nano/finetuned --queries "$data"/evaluate/packages-queries.jsonl.xz \
-  --documents "$data"/evaluate/packages-documents.jsonl.xz --max-seq-length 64 --output runs/nano/packages
+if [ ! -f $out/joint/modules.json ]; then
+  run finetune examples/nano/joint.yaml --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
+fi
+
+python examples/nano/ship.py $out/joint --output $out/shipped
+examples/nano/measure.sh "$data" $out/shipped
