@@ -1,8 +1,9 @@
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TEXTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
@@ -75,13 +76,27 @@ def many_pairs(path, sizes):
 
 
 def test_a_batch_has_one_source_and_language_where_there_are_enough(tmp_path):
-    sizes = {("a", "x"): 7, ("a", "y"): 2, ("a", "z"): 3, ("b", "x"): 1, ("others", "x"): 6}
-    parts = load_pairs(many_pairs(tmp_path / "p.jsonl", sizes), 0, batch_size=5)
+    sizes = {("a.b", "x"): 7, ("a.b", "y"): 2, ("a.b", "z"): 3, ("b", "x"): 1, ("others", "x"): 6, ("a.b/x", "v"): 3}
+    sizes[("a.b/x", "w")] = 3
+    arguments = many_pairs(tmp_path / "p.jsonl", sizes)
+    parts = load_pairs(arguments, 0, batch_size=5)
     # What is too small for a batch joins the rest of its source, and after that the rest of all.
-    assert {name: len(part) for name, part in parts.items()} == {"a/x": 7, "a": 5, "others/x": 6, "others": 1}
-    assert {text.split()[2] for text in parts["a"]["document"]} == {"y", "z"}
+    found = sorted(
+        (sorted({" ".join(text.split()[:2]) for text in part["query"]}), len(part)) for part in parts.values()
+    )
+    assert found == [
+        (["a.b x"], 7),
+        (["a.b y", "a.b z"], 5),
+        (["a.b/x v", "a.b/x w"], 6),
+        (["b x"], 1),
+        (["others x"], 6),
+    ]
+    torch.nn.Sequential(OrderedDict((name, torch.nn.Identity()) for name in parts))
     queries = [text for part in parts.values() for text in part["query"]]
     assert len(queries) == len(set(queries)) == sum(sizes.values())
+    arguments.batches_by = ["source", "language"]
+    with pytest.raises(ValueError, match="no row has language; fields are document, lang, query, source"):
+        load_pairs(arguments, 0, batch_size=5)
 
 
 def test_training_in_batches_of_neighbours(checkpoint, tmp_path, monkeypatch):
@@ -172,7 +187,13 @@ def test_negatives_from_the_files_and_mined(checkpoint, pairs, tmp_path):
     arguments.mining_range, arguments.mining_relative_margin = [0, 5], None
     mined = finetune(arguments, arguments_for(tmp_path))
     assert mined.exit_layers == [1, 3, 4]
+    arguments.batches_by = ["lang"]
+    grouped = finetune(arguments, arguments_for(tmp_path))
+    assert grouped.exit_layers == [1, 3, 4]
     arguments.mining_range = [50, 60]
+    with pytest.raises(ValueError, match="No group has 1 negatives"):
+        finetune(arguments, arguments_for(tmp_path))
+    arguments.batches_by = []
     with pytest.raises(ValueError, match="widen mining_range"):
         finetune(arguments, arguments_for(tmp_path))
 

@@ -70,6 +70,22 @@ def test_the_encoder_is_shared_and_the_head_learns(tokenizer, tied, tmp_path):
     assert all(p.grad is not None for p in (encoder.layers[0].mlp.up_proj.weight, masked.masked_lm.head.dense.weight))
 
 
+def test_granularities_are_drawn_in_training_and_mixed_precision_is_used(masked, monkeypatch):
+    import m3bert_hf.loss_m3bert as loss_module
+
+    drawn, types = [], []
+    draw = loss_module.draw_granularities
+    monkeypatch.setattr(loss_module, "draw_granularities", lambda *a, **k: drawn.append(1) or draw(*a, **k))
+    masked.model.transformers_model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, o: types.append(o.dtype))
+    masked.autocast_dtype = torch.bfloat16
+    masked.model.train()
+    masked([features_of(masked.model, TEXTS)]).backward()
+    assert drawn and types == [torch.bfloat16]
+    masked.model.eval()
+    masked([features_of(masked.model, TEXTS)])
+    assert len(drawn) == 1
+
+
 def test_a_head_of_another_size_is_refused(checkpoint, masked):
     other = M3BertForMaskedLM.from_pretrained(checkpoint)
     other.config.vocab_size = 24

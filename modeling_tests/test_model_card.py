@@ -90,18 +90,19 @@ def test_the_template_of_facts_is_complete():
 
 
 def test_a_reference_group_is_told_apart_from_the_mean_of_the_others(checkpoint, tmp_path):
-    def row(exit_layer, value):
+    def row(exit_layer, value, precision="float32"):
         groups = {"en": (value, 40), "de": (0.2, 30), "fr": (0.4, 90), "ja": (0.9, 29)}
         return {
             "exit_layer": exit_layer,
             "truncate_dim": 8,
-            "precision": "float32",
+            "precision": precision,
             "mrr@10": value,
             "bytes_per_vector": 32,
             "groups": {name: {"mrr@10": score, "queries": number} for name, (score, number) in groups.items()},
         }
 
-    report = GridReport([row(1, 0.5), row(3, 0.7)], {"task": "t", "queries": 189, "documents": 9})
+    rows = [row(1, 0.5), row(3, 0.7), row(1, 0.1, "binary"), row(3, 0.9, "binary")]
+    report = GridReport(rows, {"task": "t", "queries": 189, "documents": 9})
     report.to_json(tmp_path / "grid.json")
     peers = {"t": {"BM25": {"mrr@10": 0.1, "mrr@10/en": 0.25, "mrr@10/others": 0.05}}}
     facts = {**FACTS, "reference_group": "en", "peers": peers}
@@ -110,4 +111,5 @@ def test_a_reference_group_is_told_apart_from_the_mean_of_the_others(checkpoint,
     assert "| exit 1 | 0.500 |" in text and text.count("| exit 3 | 0.300 |") == 1
     assert "| model | MRR@10 | MRR@10/en | MRR@10/others |" in text
     assert "| this, exit 3, 8 dimensions | 0.700 | 0.700 | 0.300 |" in text
+    assert "| this, exit 1, 8 dimensions | 0.500 | 0.500 | 0.300 |" in text
     assert "| BM25 | 0.100 | 0.250 | 0.050 |" in text

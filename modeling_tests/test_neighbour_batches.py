@@ -50,6 +50,20 @@ def test_batches_that_are_not_full_are_left_out_if_asked():
     assert list(sampler_of(["same"] * 6, 2, 1, drop_last=True)) == []
 
 
+def test_there_are_as_many_batches_as_announced_in_every_epoch():
+    documents = [f"{i % 5}" for i in range(12)] + [f"other {i}" for i in range(6)]
+    for drop_last in (True, False):
+        for seed in range(20):
+            sampler = sampler_of(documents, 4, 2, drop_last=drop_last, seed=seed)
+            for epoch in range(2):
+                sampler.set_epoch(epoch)
+                batches = list(sampler)
+                assert len(batches) == len(sampler)
+                assert all(len(batch) == 4 for batch in batches) or not drop_last
+                if not drop_last:
+                    assert sorted(row for batch in batches for row in batch) == list(range(18))
+
+
 def test_a_run_must_fit_a_batch():
     with pytest.raises(ValueError, match="neighbours=9 must be within 1 and the batch's 8 rows"):
         sampler_of(FAMILIES, 8, 9)

@@ -44,6 +44,17 @@ def test_texts_no_longer_have_one_vector(collapsed):
     assert before > 0.5 and mean_cosine() < 0.2
 
 
+def test_learned_positions_do_not_outweigh_the_tokens():
+    model = M3BertModel(tiny_config(position_embedding_type="absolute"))
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight.add_(3.0)
+    whiten_embeddings(model, torch.ones(101))
+    tokens, positions = (
+        getattr(model.embeddings, f"{kind}_embeddings").weight.norm(dim=1).mean() for kind in ("word", "position")
+    )
+    assert positions < 0.2 * tokens
+
+
 def test_layers_keep_their_inputs_and_write_less(collapsed):
     layer = collapsed.layers[0]
     before = {name: weight.clone() for name, weight in layer.named_parameters()}

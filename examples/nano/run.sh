@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# m3bert-nano from text files to a measured checkpoint with its card, in about two and a half hours on two CPU cores.
+# m3bert-nano from text files to a measured checkpoint, in about two and a half hours on two CPU cores.
 #
 # usage: examples/nano/run.sh DATA
 #   DATA/pretrain/stage1-* stage2-* stage3-*   JSON lines with `text` and `lang`
 #   DATA/finetune/*                            JSON lines with `query`, `document`, `lang` and `source`
 #   DATA/evaluate/*                            packages-queries, packages-documents, jaquad-dev, tquad-dev (.jsonl.xz);
-#                                              everything here is kept out of training
-# A run that was stopped goes on where it was; finished stages are not repeated. PROCESSES=1 trains in one process.
+#                                              the queries and documents here are kept out of the pairs
+# A run that was stopped goes on where it was; finished stages are not repeated.
 set -euo pipefail
 data=${1:?usage: examples/nano/run.sh DATA}
 out=runs/m3bert-nano
@@ -34,11 +34,11 @@ run curves $out/stage1 $out/stage2 $out/stage3 --output $out/curves.png
 if [ ! -f $out/pairs/validation-queries.jsonl.gz ]; then
   python examples/nano/prepare_pairs.py "$data"/finetune/* --output $out/pairs
 fi
-if [ ! -f $out/finetuned/modules.json ]; then
-  OMP_NUM_THREADS=1 torchrun --nproc_per_node "${PROCESSES:-2}" -m m3bert_hf finetune examples/nano/finetune.yaml \
+if [ ! -f $out/finetuned/trainer_state.json ]; then
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m m3bert_hf finetune examples/nano/finetune.yaml \
     --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
 fi
-if [ ! -f $out/joint/modules.json ]; then
+if [ ! -f $out/joint/trainer_state.json ]; then
   run finetune examples/nano/joint.yaml --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
 fi
 

@@ -24,7 +24,10 @@ def main() -> None:
     options = parser.parse_args()
     model = build_sentence_transformer(options.source)
     model.save(str(options.output))
-    M3BertForMaskedLM.from_pretrained(options.source).half().save_pretrained(options.output)
+    masked_lm, info = M3BertForMaskedLM.from_pretrained(options.source, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{options.source} has no masked-language head: {sorted(info['missing_keys'])} are missing.")
+    masked_lm.half().save_pretrained(options.output)
     # The type that it is loaded in: half precision is for the disk, a CPU computes faster and closer in float32.
     file = options.output / "config.json"
     config = {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}

@@ -199,17 +199,22 @@ def _columns(rows: list[dict[str, Any]]) -> Dataset:
 
 def _batch_groups(rows: list[dict[str, Any]], fields: list[str], batch_size: int) -> dict[str, list[dict[str, Any]]]:
     """Group rows by all fields; groups below a batch fall back to fewer fields, the last of them to one rest."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    absent = [name for name in fields if not any(name in row for row in rows)]
+    if absent:
+        raise ValueError(f"batches_by: no row has {', '.join(absent)}; fields are {', '.join(sorted(rows[0]))}.")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     left = rows
-    for depth in range(len(fields), 0, -1):
-        found: dict[str, list[dict[str, Any]]] = {}
+    for depth in range(len(fields), -1, -1):
+        found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in left:
-            found.setdefault("/".join(str(row.get(name, "")) for name in fields[:depth]), []).append(row)
-        groups.update({name: part for name, part in found.items() if len(part) >= batch_size})
+            found.setdefault(tuple(str(row.get(name, "")) for name in fields[:depth]), []).append(row)
+        groups.update({key: part for key, part in found.items() if len(part) >= batch_size or depth == 0})
         left = [row for part in found.values() if len(part) < batch_size for row in part]
-    if left:
-        groups.setdefault("others", []).extend(left)
-    return groups
+    # The library makes modules of these names, which must be unique, not empty and without dots.
+    return {
+        f"pairs {number}: {'/'.join(key) or 'others'}".replace(".", "_"): part
+        for number, (key, part) in enumerate(groups.items())
+    }
 
 
 def load_start(arguments: FinetuneArguments) -> tuple[M3BertSentenceTransformer, list[tuple[int, int]]]:
@@ -271,13 +276,11 @@ def finetune(
     model, granularities = load_start(arguments)
     transformer: Any = model[0]
     pairs = load_pairs(arguments, training.seed, training.train_batch_size)
-    if arguments.mined_negatives and isinstance(pairs, DatasetDict):
-        pairs = DatasetDict({name: mine(model, part, arguments) for name, part in pairs.items()})
-    elif arguments.mined_negatives:
-        pairs = mine(model, pairs, arguments)
     if arguments.whiten_embeddings:
         # A run that is resumed reads its weights from the checkpoint afterwards.
         whiten_embeddings(transformer.model, count_tokens(model, pairs, arguments))
+    if arguments.mined_negatives:
+        pairs = _mine_groups(model, pairs, arguments)
     transformer.query_length = arguments.query_length
     transformer.document_length = arguments.document_length
     scale = 1.0 / arguments.contrastive_temperature
@@ -319,18 +322,25 @@ def finetune(
         callbacks=None if callback is None else [callback],
     )
     resume: Any = training.resume_from_checkpoint
-    if str(resume).lower() == "auto":
+    if str(resume).lower() in ("auto", "true"):
         resume = last_complete_checkpoint(training.output_dir)
-    elif str(resume).lower() in ("true", "false"):
-        resume = str(resume).lower() == "true"
+        if resume is None and str(training.resume_from_checkpoint).lower() == "true":
+            raise ValueError(f"{training.output_dir} holds no complete checkpoint to go on from.")
+    elif str(resume).lower() == "false":
+        resume = None
     if callback is not None and resume:
-        callback.restore(last_complete_checkpoint(training.output_dir) or "" if resume is True else resume)
+        callback.restore(resume)
     trainer.train(resume_from_checkpoint=resume)
+    best = trainer.state.best_model_checkpoint
+    if callback is not None and training.load_best_model_at_end and best:
+        # The Trainer has read the best checkpoint's encoder, and knows nothing of the head.
+        callback.restore(best)
     # The lengths belong to the training run: whoever encodes may give longer texts, up to max_seq_length.
     transformer.query_length = transformer.document_length = None
-    model.save_pretrained(str(training.output_dir))
-    if masked is not None:
-        masked.save(str(training.output_dir))
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(training.output_dir))
+        if masked is not None:
+            masked.save(str(training.output_dir))
     trainer.save_state()
     return model
 
@@ -347,7 +357,9 @@ def _masked_language_loss(
         )
     if not 0 < arguments.masked_language_share < 1:
         raise ValueError(f"masked_language_share={arguments.masked_language_share} must be between 0 and 1.")
-    return MaskedLanguageLoss(model, M3BertForMaskedLM.from_pretrained(arguments.masked_language_model))
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    head = M3BertForMaskedLM.from_pretrained(arguments.masked_language_model)
+    return MaskedLanguageLoss(model, head, autocast_dtype=dtype)
 
 
 def _masked_texts(pairs: DatasetDict, share: float, seed: int) -> Dataset:
@@ -414,6 +426,28 @@ def mine(model: M3BertSentenceTransformer, pairs: Dataset, arguments: FinetuneAr
         )
     names = {name: name.replace("negative", "negative_1") for name in mined.column_names if name == "negative"}
     return mined.rename_columns(names)
+
+
+def _mine_groups(
+    model: M3BertSentenceTransformer, pairs: Dataset | DatasetDict, arguments: FinetuneArguments
+) -> Dataset | DatasetDict:
+    """Mine within each group of `batches_by`; a group too small for the range is left out, with a warning."""
+    if not isinstance(pairs, DatasetDict):
+        return mine(model, pairs, arguments)
+    mined = {}
+    for name, part in pairs.items():
+        try:
+            mined[name] = mine(model, part, arguments)
+        except ValueError as error:
+            if len(part.column_names) > 2:
+                raise
+            logger.warning("%s: left out. %s", name, error)
+    if not mined:
+        raise ValueError(
+            f"No group has {arguments.mined_negatives} negatives within ranks {arguments.mining_range}: widen "
+            "mining_range or lower mining_relative_margin."
+        )
+    return DatasetDict(mined)
 
 
 def _evaluator(arguments: FinetuneArguments, granularities: list[tuple[int, int]], training: Any) -> Any:

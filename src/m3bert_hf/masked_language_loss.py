@@ -30,6 +30,8 @@ class MaskedLanguageLoss(nn.Module):
         masked_lm: Where the head comes from; its encoder is replaced by the model's.
         mask_ratio: Share of the tokens to predict.
         options: Of the loss; by default, each token is scored at two granularities drawn at random.
+        autocast_dtype: Of autocast; `None` computes in the weights' type. The Trainer's own mixed precision is part of
+            the model that it trains, whose encoder is called directly here.
 
     Raises:
         ValueError: If the head does not fit the model.
@@ -41,6 +43,7 @@ class MaskedLanguageLoss(nn.Module):
         masked_lm: M3BertForMaskedLM,
         mask_ratio: float = 0.2,
         options: MLMLossOptions | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         encoder: Any = model.transformers_model
@@ -58,6 +61,7 @@ class MaskedLanguageLoss(nn.Module):
             )
         )
         self.masked_lm = masked_lm
+        self.autocast_dtype = autocast_dtype
         self.mask = M3BertDataCollator(model.tokenizer, mask_ratio).mask
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -68,6 +72,8 @@ class MaskedLanguageLoss(nn.Module):
             labels: Not read.
         """
         total: Any = 0.0
+        # The Trainer puts the model into training mode, not its losses; without it no granularity is drawn.
+        self.masked_lm.train(self.model.training)
         for features in sentence_features:
             ids = features["input_ids"]
             masked, targets = ids.cpu().numpy().copy(), ids.cpu().numpy().copy()
@@ -75,11 +81,12 @@ class MaskedLanguageLoss(nn.Module):
             for row, length in enumerate(features["attention_mask"].sum(dim=1).tolist()):
                 # Drawn from torch's generator, whose state checkpoints keep.
                 masked[row, :length], targets[row, :length] = self.mask(masked[row, :length], None)
-            output = self.masked_lm(
-                input_ids=torch.from_numpy(masked).to(ids.device),
-                attention_mask=features["attention_mask"],
-                labels=torch.from_numpy(targets).to(ids.device),
-            )
+            with torch.autocast(ids.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                output = self.masked_lm(
+                    input_ids=torch.from_numpy(masked).to(ids.device),
+                    attention_mask=features["attention_mask"],
+                    labels=torch.from_numpy(targets).to(ids.device),
+                )
             total = total + output.loss
         return total
 
@@ -109,11 +116,14 @@ class SaveMaskedLanguageHead(TrainerCallback):
     def __init__(self, loss: MaskedLanguageLoss):
         self.loss = loss
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        """Write the head into the checkpoint just saved."""
-        if state.is_world_process_zero:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Write the head where the Trainer is about to save: what `trainer_state.json` closes is then complete."""
+        if control.should_save and state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
             save_file(self.loss.head_state(), checkpoint / HEAD_FILE)
+
+    on_epoch_end = on_step_end
 
     def restore(self, checkpoint: str | Path) -> None:
         """Read the head of a checkpoint.

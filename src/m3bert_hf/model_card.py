@@ -230,6 +230,10 @@ def _other_precisions(report: GridReport) -> list[str]:
     ]
 
 
+def _first_precision(report: GridReport) -> list[dict[str, Any]]:
+    return [row for row in report.rows if row.get("precision", "float32") == report.precisions[0]]
+
+
 def _told_apart(report: GridReport, row: dict[str, Any], group: str | None) -> dict[str, float]:
     """Return the main metric of the reference group and the mean of the others, if the row has these groups."""
     groups = [name for name, figures in row.get("groups", {}).items() if figures["queries"] >= _LEAST_QUERIES]
@@ -260,8 +264,9 @@ def _group_grids(report: GridReport, group: str | None) -> list[str]:
 def _peer_table(report: GridReport, peers: dict[str, Any], group: str | None = None) -> str:
     if not peers:
         return ""
-    best = max(report.rows, key=lambda row: row[report.metric])
-    first = [row for row in report.rows if row["exit_layer"] == report.exit_layers[0]]
+    rows = _first_precision(report)
+    best = max(rows, key=lambda row: row[report.metric])
+    first = [row for row in rows if row["exit_layer"] == report.exit_layers[0]]
     shown = {f"this, exit {row['exit_layer']}, {row['truncate_dim']} dimensions": row for row in (best, *first)}
     figures = {name: {**row, **_told_apart(report, row, group)} for name, row in shown.items()}
     names = [*report.metrics, *_told_apart(report, best, group)]
@@ -274,8 +279,8 @@ def _peer_table(report: GridReport, peers: dict[str, Any], group: str | None = N
 
 def _group_table(report: GridReport, at_least: int = _LEAST_QUERIES) -> str:
     """Return the best cell and the smallest one by group, those of few queries left out."""
-    best = max(report.rows, key=lambda row: row[report.metric])
-    least = min(report.rows, key=lambda row: (row["exit_layer"], row["truncate_dim"]))
+    best = max(_first_precision(report), key=lambda row: row[report.metric])
+    least = min(_first_precision(report), key=lambda row: (row["exit_layer"], row["truncate_dim"]))
     groups = {n: g for n, g in best.get("groups", {}).items() if g["queries"] >= at_least}
     if len(groups) < 2:
         return ""

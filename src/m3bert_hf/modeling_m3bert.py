@@ -337,7 +337,7 @@ class M3BertPreTrainedModel(PreTrainedModel):
         # Assignments made before this point may have gone around the configuration's own checks.
         config.validate()
         left_out = range(config.num_hidden_layers, config.checkpoint_layers)
-        # Only the layers that were left out on purpose: any other unexpected tensor is still reported.
+        # Only what was left out on purpose: any other unexpected tensor is still reported.
         patterns = [rf"(^|\.)layers\.({'|'.join(map(str, left_out))})\."] if left_out else []
         if config.exit_norm == "none":
             patterns.append(rf"^({self.base_model_prefix}\.)?norm\.weight$")

@@ -13,8 +13,8 @@ class NeighbourBatchSampler(DefaultBatchSampler):
 
     Listings come in families (a program, its documentation, its plug-ins) whose texts begin alike. Drawn at random
     from a large collection, members of a family hardly ever meet in a batch, and the model never learns to tell them
-    apart. This costs nothing, unlike mining. With `neighbours=1` it draws as sentence-transformers'
-    `NoDuplicatesBatchSampler` does.
+    apart. This costs nothing, unlike mining. With `neighbours=1` it does what sentence-transformers'
+    `NoDuplicatesBatchSampler` is for.
 
     Args:
         dataset: With a column `document`.
@@ -32,6 +32,7 @@ class NeighbourBatchSampler(DefaultBatchSampler):
         if not 1 <= neighbours <= batch_size:
             raise ValueError(f"neighbours={neighbours} must be within 1 and the batch's {batch_size} rows.")
         self.neighbours = neighbours
+        self._planned: tuple[tuple[int, int], list[list[int]]] | None = None
         # The library writes the name of the dataset into every row; it and labels may repeat.
         left_out = {"dataset_name", *(self.valid_label_columns or [])}
         columns = [name for name in dataset.column_names if name not in left_out]
@@ -39,10 +40,16 @@ class NeighbourBatchSampler(DefaultBatchSampler):
         self.order = sorted(range(len(self.rows)), key=list(dataset["document"]).__getitem__)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.rows), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return len(self._plan())
 
     def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._plan())
+
+    def _plan(self) -> list[list[int]]:
+        """Return the batches of this epoch; how many there are depends on which texts are equal."""
+        key = (self.seed, self.epoch)
+        if self._planned is not None and self._planned[0] == key:
+            return self._planned[1]
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         # Runs begin at another place in every epoch, so that the same rows are not always apart.
         shift = int(torch.randint(self.neighbours, (1,), generator=generator))
@@ -50,6 +57,7 @@ class NeighbourBatchSampler(DefaultBatchSampler):
         runs = [self.order[max(start, 0) : start + self.neighbours] for start in starts]
         mixed = torch.randperm(len(runs), generator=generator).tolist()
         waiting = deque(row for index in mixed for row in runs[index])
+        batches = []
         while waiting:
             batch: list[int] = []
             seen: set[Any] = set()
@@ -62,10 +70,10 @@ class NeighbourBatchSampler(DefaultBatchSampler):
                 else:
                     later.append(row)
             waiting.extendleft(reversed(later))
-            if len(batch) < self.batch_size and self.drop_last:
-                # What is left repeats the texts of this batch: no further one can be full.
-                return
-            yield batch
+            if len(batch) == self.batch_size or not self.drop_last:
+                batches.append(batch)
+        self._planned = (key, batches)
+        return batches
 
 
 __all__ = ["NeighbourBatchSampler"]

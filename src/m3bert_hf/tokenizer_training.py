@@ -34,7 +34,8 @@ def train_tokenizer(
         model_max_length: Longest input in tokens that the tokenizer announces.
         model: `"unigram"` or `"bpe"`.
         lowercase: Whether to lowercase text: a small vocabulary then spends no entry twice, and a query matches a
-            document however either is capitalised. The case is lost to tasks that need it, such as named entities.
+            document however either is capitalised, by Unicode's rules (which do not join Turkish İ and i, or ß and
+            SS). The case is lost to tasks that need it, such as named entities.
 
     Raises:
         ValueError: If the model is neither, `vocab_size` leaves no room beside special and byte tokens, or there is

@@ -9,7 +9,7 @@ from .modeling_m3bert import M3BertModel
 
 @torch.no_grad()
 def whiten_embeddings(model: M3BertModel, token_counts: torch.Tensor, residual_scale: float = 0.01) -> None:
-    """Give the embeddings of tokens, as often as they occur, mean zero and the identity as covariance.
+    """Give the embeddings of tokens, as often as they occur, mean zero and equal variance without correlation.
 
     With tied embeddings, masked language modelling first pushes all rows of the matrix, and with them all states, into
     a few common directions (representation degeneration: Gao et al. 2019, arXiv 1907.12009). A long run leaves that
@@ -17,7 +17,8 @@ def whiten_embeddings(model: M3BertModel, token_counts: torch.Tensor, residual_s
     tokens' frequency (Zipfian whitening: Yokoi et al. 2024, arXiv 2411.00680) spreads the rows over all directions and
     keeps which tokens are near one another; without the frequencies, the frequent tokens, of which every text is full,
     stay close together. The layers wrote into the old directions: their contribution is scaled down, and grows again
-    where fine-tuning wants it. The gains of the first and the last norm become 1.
+    where fine-tuning wants it. The gains of the first and the last norm become 1, and learned positions, which would
+    outweigh the tokens, get a tenth of the scale of new weights.
 
     Args:
         model: Changed in place. A masked-language head that it had no longer fits.
@@ -47,6 +48,10 @@ def whiten_embeddings(model: M3BertModel, token_counts: torch.Tensor, residual_s
     for layer in layers:
         layer.self_attn.o_proj.weight.mul_(residual_scale)
         layer.mlp.down_proj.weight.mul_(residual_scale)
+    positions = model.embeddings.position_embeddings
+    if positions is not None:
+        positions.weight.sub_(positions.weight.mean(dim=0))
+        positions.weight.mul_(0.1 * model.config.initializer_range / positions.weight.std().clamp_min(1e-12))
     model.embeddings.norm.weight.fill_(1.0)
     if model.norm is not None:
         model.norm.weight.fill_(1.0)
