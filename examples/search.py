@@ -1,7 +1,7 @@
 """Search a small multilingual collection at several depths and widths, side by side.
 
 python examples/search.py "how do I resize a photo"
-python examples/search.py "写真のサイズを変更する" --exit-layer 2 --truncate-dim 32
+python examples/search.py "写真のサイズを変更する" --exit-layer 2 --truncate-dim 64
 python examples/search.py "my question" --documents my_texts.jsonl
 """
 

@@ -113,3 +113,10 @@ def test_a_reference_group_is_told_apart_from_the_mean_of_the_others(checkpoint,
     assert "| this, exit 3, 8 dimensions | 0.700 | 0.700 | 0.300 |" in text
     assert "| this, exit 1, 8 dimensions | 0.500 | 0.500 | 0.300 |" in text
     assert "| BM25 | 0.100 | 0.250 | 0.050 |" in text
+
+
+def test_the_card_of_a_pretrained_model_shows_how_to_fill_in_words(checkpoint, tmp_path):
+    facts = {**{k: FACTS[k] for k in list(FACTS)[:5]}, "pipeline_tag": "fill-mask"}
+    card = ModelCard.load(write_model_card(checkpoint, facts, output=tmp_path / "README.md"))
+    assert card.data.pipeline_tag == "fill-mask" and card.data.library_name == "transformers"
+    assert 'pipeline("fill-mask", model="tiny"' in card.content and "SentenceTransformer(" not in card.content

@@ -27,6 +27,7 @@ _OPTIONAL = (
     "pictures",
     "peers",
     "reference_group",
+    "pipeline_tag",
     "tags",
     "datasets",
 )
@@ -74,7 +75,8 @@ def write_model_card(
             `training_data`, `stages` (each with name, what, data, steps, amount, time), `hardware`, `commands`,
             `commit`, `pictures` (each with path and caption), `peers` (task: name: metrics), `reference_group` (a
             group, such as the language of the documents, to tell apart from the mean of the others; peers' metrics
-            of the two are `mrr@10/GROUP` and `mrr@10/others`), `tags`, `datasets`, `path` (what users load).
+            of the two are `mrr@10/GROUP` and `mrr@10/others`), `pipeline_tag` (`fill-mask` for a pretrained model),
+            `tags`, `datasets`, `path` (what users load).
         grids: Directories or JSON files that `evaluate --output` wrote.
         output: File; `None` means README.md of the checkpoint. Pictures lie in a folder beside it.
 
@@ -116,6 +118,7 @@ def write_model_card(
         name=facts["name"],
         path=facts.get("path") or facts["name"],
         summary=str(facts["summary"]).strip(),
+        pipeline_tag=facts.get("pipeline_tag"),
         architecture=_architecture(config, Path(model)),
         example=example,
         grids=sections,
@@ -164,8 +167,8 @@ def _metadata(facts: dict[str, Any], reports: Sequence[GridReport]) -> ModelCard
     data = ModelCardData(
         language=facts["languages"],
         license=facts["license"],
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
+        library_name="transformers" if facts.get("pipeline_tag") == "fill-mask" else "sentence-transformers",
+        pipeline_tag=facts.get("pipeline_tag") or "sentence-similarity",
         datasets=facts.get("datasets"),
         tags=["m3bert", "matryoshka", "early-exit", "feature-extraction", *(facts.get("tags") or [])],
     )
