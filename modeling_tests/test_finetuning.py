@@ -1,5 +1,6 @@
 import json
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import TEXTS
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from m3bert_hf import build_sentence_transformer
+from m3bert_hf.__main__ import _parse_recipe
 from m3bert_hf.finetuning import (
     FinetuneArguments,
     count_tokens,
@@ -226,3 +228,14 @@ def test_rows_without_text_are_named(pairs):
     pairs.write_text(json.dumps({"query": " ", "document": "x"}))
     with pytest.raises(ValueError, match="no text in 'query'"):
         load_pairs(FinetuneArguments("unused", [str(pairs)]), 0)
+
+
+@pytest.mark.parametrize("name", ["finetune", "joint"])
+def test_the_recipes_of_the_shipped_model_are_read(name):
+    recipe = Path(__file__).parents[1] / "examples" / "nano" / f"{name}.yaml"
+    classes = (FinetuneArguments, SentenceTransformerTrainingArguments)
+    own, settings = _parse_recipe(classes, [str(recipe), "--use_cpu", "true"], "test")
+    assert own.batches_by == ["source", "lang"] and len(own.granularity_weights) == 12
+    # Dictionaries of a recipe must arrive as such, and not as text or not at all.
+    assert settings.learning_rate_mapping["word_embeddings"] > settings.learning_rate
+    assert settings.max_steps > 0 and bool(settings.lr_scheduler_kwargs) == (name == "finetune")
