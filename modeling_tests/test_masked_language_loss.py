@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from conftest import TEXTS, tiny_config
@@ -13,21 +11,9 @@ from m3bert_hf.trainer import last_complete_checkpoint
 
 
 @pytest.fixture
-def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"lang": "x", "source": "s", "query": text[:10], "document": text} for text in TEXTS]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
 def masked(checkpoint):
     model = build_sentence_transformer(checkpoint)
     return MaskedLanguageLoss(model, M3BertForMaskedLM.from_pretrained(checkpoint))
-
-
-def features_of(model, texts):
-    return model.preprocess(texts)
 
 
 def training(tmp_path, **options):
@@ -43,7 +29,7 @@ def training(tmp_path, **options):
 
 
 def test_the_loss_is_that_of_pretraining_on_the_same_masks(checkpoint, masked):
-    features = features_of(masked.model, TEXTS[:4])
+    features = masked.model.preprocess(TEXTS[:4])
     seen = {}
 
     def remember(module, arguments, keywords):
@@ -62,7 +48,7 @@ def test_the_encoder_is_shared_and_the_head_learns(tokenizer, tied, tmp_path):
     M3BertForMaskedLM(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=tied)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     masked = MaskedLanguageLoss(build_sentence_transformer(tmp_path), M3BertForMaskedLM.from_pretrained(tmp_path))
-    masked([features_of(masked.model, TEXTS)]).backward()
+    masked([masked.model.preprocess(TEXTS)]).backward()
     encoder = masked.model.transformers_model
     assert masked.masked_lm.model is encoder
     assert (masked.masked_lm.decoder.weight is encoder.embeddings.word_embeddings.weight) == tied
@@ -79,10 +65,10 @@ def test_granularities_are_drawn_in_training_and_mixed_precision_is_used(masked,
     masked.model.transformers_model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, o: types.append(o.dtype))
     masked.autocast_dtype = torch.bfloat16
     masked.model.train()
-    masked([features_of(masked.model, TEXTS)]).backward()
+    masked([masked.model.preprocess(TEXTS)]).backward()
     assert drawn and types == [torch.bfloat16]
     masked.model.eval()
-    masked([features_of(masked.model, TEXTS)])
+    masked([masked.model.preprocess(TEXTS)])
     assert len(drawn) == 1
 
 

@@ -77,13 +77,3 @@ def test_command_prints_hits_at_several_granularities(tmp_path):
 def test_bad_input_gets_one_clear_line(arguments, message):
     result = run(*arguments)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-
-
-def test_checkpoint_fits_and_is_complete():
-    files = [file for file in NANO.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 32 * 2**20
-    names = {file.name for file in files}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "modeling_m3bert.py"} <= names
-    for name in ("modeling", "configuration", "loss", "compat"):
-        shipped = (NANO / f"{name}_m3bert.py").read_text()
-        assert shipped == (ROOT / "src" / "m3bert_hf" / f"{name}_m3bert.py").read_text(), f"{name}: save it again"

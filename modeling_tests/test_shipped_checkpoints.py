@@ -15,9 +15,12 @@ NAMES = ("m3bert-nano", "m3bert-nano-base")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_is_small_and_its_source_is_the_package_s(name):
+def test_a_checkpoint_is_small_and_complete_and_its_source_is_the_package_s(name):
     directory = CHECKPOINTS / name
-    assert sum(file.stat().st_size for file in directory.glob("*.safetensors")) < 32 * 2**20
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32 * 2**20
+    needed = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert needed | ({"modules.json"} if name == "m3bert-nano" else set()) <= {file.name for file in files}
     for file in (ROOT / "src" / "m3bert_hf").glob("*_m3bert.py"):
         assert (directory / file.name).read_text() == file.read_text(), f"cp src/m3bert_hf/*_m3bert.py {directory}"
 

@@ -36,6 +36,7 @@ from .compat_m3bert import (
 )
 from .configuration_m3bert import M3BertConfig
 from .loss_m3bert import MLMLossOptions, multigranular_mlm_loss
+from .packing_m3bert import PackedDocuments, padded
 
 
 AUTO_MAP = {
@@ -264,58 +265,6 @@ class M3BertLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class PackedDocuments:
-    """Documents that follow one another in one row, grouped by length for attention kernels that take rows of padding.
-
-    Everything but attention sees each token once and no padding. For attention, documents of like length form the rows
-    of a group, so that neither a mask of [tokens, tokens] nor the longest document sets the cost.
-
-    Args:
-        lengths: Tokens of each document, in order.
-        device: Of the model's input.
-    """
-
-    # A group takes documents down to this share of its longest one: rows are at least that full.
-    fullness = 0.75
-
-    def __init__(self, lengths: list[int], device):
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-        groups: list[list[int]] = []
-        for document in order:
-            if not groups or lengths[document] < self.fullness * lengths[groups[-1][0]]:
-                groups.append([])
-            groups[-1].append(document)
-        # For each group the places of its tokens [documents, longest], padding pointing at the document's first token,
-        # and which of them are tokens.
-        self.places, self.valid = [], []
-        for group in groups:
-            first = torch.tensor([starts[i] for i in group], device=device)[:, None]
-            length = torch.tensor([lengths[i] for i in group], device=device)[:, None]
-            offset = torch.arange(int(lengths[group[0]]), device=device)[None]
-            valid = offset < length
-            self.places.append(first + offset * valid)
-            self.valid.append(None if lengths[group[-1]] == lengths[group[0]] else valid)
-        tokens = [
-            place.flatten() if valid is None else place[valid]
-            for place, valid in zip(self.places, self.valid, strict=True)
-        ]
-        # Where each token of the row stands among the groups' tokens.
-        self.back = torch.cat(tokens).argsort() if tokens else torch.zeros(0, dtype=torch.long, device=device)
-
-    def attend(self, function, module, query, key, value, masks, options) -> torch.Tensor:
-        """Run an attention function within documents: [1, heads, tokens, head_dim] to [1, tokens, heads, head_dim]."""
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-        parts = []
-        for place, valid, mask in zip(self.places, self.valid, masks, strict=True):
-            rows = [states[place].transpose(1, 2) for states in (query, key, value)]
-            output, _ = function(module, *rows, mask, **options)
-            parts.append(output.flatten(0, 1) if valid is None else output[valid])
-        return torch.cat(parts)[self.back][None]
-
-
 class M3BertPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by all m3BERT models."""
 
@@ -415,13 +364,6 @@ class M3BertPreTrainedModel(PreTrainedModel):
         """
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def _padded(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Put the states of tokens [1, tokens, width] where a mask [batch, length] has them; padding is zero."""
-    places = mask.flatten().nonzero().flatten()
-    output = states.new_zeros(mask.numel(), states.shape[-1])
-    return output.index_copy(0, places, states[0]).view(*mask.shape, -1)
 
 
 def _check_range(ids: torch.Tensor, limit: int, what: str, remedy: str) -> None:
@@ -539,7 +481,7 @@ class M3BertModel(M3BertPreTrainedModel):
             )
             if depth == exit_layer or (output_exits and depth in self.config.exit_layers):
                 state = self.exit_state(hidden_states, depth)
-                exits.append(state if padding is None else _padded(state, padding))
+                exits.append(state if padding is None else padded(state, padding))
         return M3BertModelOutput(
             last_hidden_state=exits[-1], exit_hidden_states=tuple(exits) if output_exits else None
         )
