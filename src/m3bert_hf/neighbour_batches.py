@@ -12,9 +12,9 @@ class NeighbourBatchSampler(DefaultBatchSampler):
     """Draw runs of documents that stand next to one another in alphabetical order, many runs to a batch.
 
     Listings come in families (a program, its documentation, its plug-ins) whose texts begin alike. Drawn at random
-    from a large collection, members of a family hardly ever meet in a batch, and the model never learns to tell them
-    apart. This costs nothing, unlike mining. With `neighbours=1` it does what sentence-transformers'
-    `NoDuplicatesBatchSampler` is for.
+    from a large collection, members of a family hardly ever meet in a batch. Meeting makes harder negatives without
+    mining; where texts are cut before they differ, it makes wrong ones, and in a short run it did not help
+    (docs/retrieval.md). With `neighbours=1` it does what sentence-transformers' `NoDuplicatesBatchSampler` is for.
 
     Args:
         dataset: With a column `document`.
