@@ -189,6 +189,13 @@ def _export(options: argparse.Namespace) -> None:
             print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB.")
 
 
+def _deepen(options: argparse.Namespace) -> None:
+    from .deepening import deepen
+
+    config = deepen(options.model, options.output, options.exit_layers, options.seed).transformers_model.config
+    print(f"Saved in {options.output}: {config.num_hidden_layers} layers, exits {config.exit_layers}.")
+
+
 def _card(options: argparse.Namespace) -> None:
     from .model_card import write_model_card
 
@@ -272,6 +279,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--int8", action="store_true", help="also onnx/model.onnx and onnx/model_int8.onnx")
     export.add_argument("--target", choices=["avx512_vnni", "avx2", "arm64"], default="avx512_vnni", help="of --int8")
     export.set_defaults(run=_export)
+
+    deeper = commands.add_parser("deepen", help="add layers that begin as copies of the deepest exit")
+    deeper.add_argument("model", help="checkpoint directory or Hub name")
+    deeper.add_argument("output", help="directory to write")
+    deeper.add_argument(
+        "--exit-layers", type=int, nargs="+", required=True, help="exits to add; the last is the depth"
+    )
+    deeper.add_argument("--seed", type=int, default=0)
+    deeper.set_defaults(run=_deepen)
 
     card = commands.add_parser("card", help="fill a model card from measured grids")
     card.add_argument("model", help="checkpoint directory")
