@@ -203,9 +203,9 @@ class M3BertAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+    def project(self, hidden_states, position_embeddings=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values [batch, heads, tokens, head_dim], rotated by the tokens' positions."""
         shape = hidden_states.shape[:-1]
-        documents = kwargs.pop("documents", None)
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -213,6 +213,12 @@ class M3BertAttention(nn.Module):
         if position_embeddings is not None:
             query = apply_rotary_pos_emb(query, *position_embeddings)
             key = apply_rotary_pos_emb(key, *position_embeddings)
+        return query, key, value
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        shape = hidden_states.shape[:-1]
+        documents = kwargs.pop("documents", None)
+        query, key, value = self.project(hidden_states, position_embeddings)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -261,6 +267,10 @@ class M3BertLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        return self.feed_forward(hidden_states, attended)
+
+    def feed_forward(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Add attention's output to the residual stream, then the feed-forward's: what follows attention, in one."""
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
