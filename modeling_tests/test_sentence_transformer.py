@@ -170,3 +170,51 @@ def test_empty_and_overlong_texts_have_documented_results(sentence_model):
         sentence_model.tokenizer(long, truncation=True)["input_ids"], skip_special_tokens=True
     )
     np.testing.assert_allclose(sentence_model.encode(long), sentence_model.encode(cut), atol=1e-5)
+
+
+MANY = [text[:cut] for text in TEXTS for cut in (4, 15, 60)] + [""]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 100, 10_000])
+def test_batches_by_tokens_give_what_batches_by_texts_give(budget, sentence_model, monkeypatch):
+    sizes = []
+    forward = type(sentence_model).forward
+
+    def spy(model, features, **kwargs):
+        sizes.append(features["input_ids"].shape)
+        return forward(model, features, **kwargs)
+
+    monkeypatch.setattr(type(sentence_model), "forward", spy)
+    expected = sentence_model.encode(MANY, exit_layer=3, truncate_dim=20, normalize_embeddings=True)
+    sizes.clear()
+    found = sentence_model.encode(MANY, exit_layer=3, truncate_dim=20, normalize_embeddings=True, batch_tokens=budget)
+    assert np.allclose(found, expected, atol=1e-5) and found.dtype == expected.dtype
+    assert all(rows * length <= budget or rows == 1 for rows, length in sizes)
+    assert sum(rows for rows, _ in sizes) == len(MANY)
+    # Two neighbouring batches that fit into one are one.
+    assert all((a[0] + 1) * a[1] > budget for a in sizes[:-1])
+    tensor = sentence_model.encode(MANY, exit_layer=3, convert_to_tensor=True, batch_tokens=budget)
+    assert torch.allclose(tensor, sentence_model.encode(MANY, exit_layer=3, convert_to_tensor=True), atol=1e-5)
+
+
+def test_batches_by_tokens_keep_prompts_tasks_and_precisions(checkpoint):
+    model = build_sentence_transformer(checkpoint, prompts={"query": "how to "})
+    by_texts, by_tokens = (model.encode_query(MANY, **option) for option in ({}, {"batch_tokens": 40}))
+    assert np.allclose(by_tokens, by_texts, atol=1e-5)
+    assert not np.allclose(by_tokens, model.encode(MANY), atol=1e-3)
+    by_texts, by_tokens = (model.encode(MANY, precision="int8", **option) for option in ({}, {"batch_tokens": 40}))
+    # The ranges are those of all vectors; rounding may go the other way.
+    assert by_tokens.dtype == np.int8 and np.abs(by_tokens.astype(int) - by_texts.astype(int)).max() <= 1
+    listed = model.encode(MANY, convert_to_numpy=False, batch_tokens=40)
+    assert isinstance(listed, list) and listed[0].shape == (32,)
+    assert model.encode("one text", batch_tokens=40).shape == (32,)
+    assert len(model.encode([], batch_tokens=40)) == 0
+
+
+def test_batches_by_tokens_refuse_what_they_cannot_do(sentence_model):
+    with pytest.raises(ValueError, match="batch_tokens=0 must be positive"):
+        sentence_model.encode(MANY, batch_tokens=0)
+    with pytest.raises(ValueError, match="batch_tokens=9 cannot be combined with output_value='token_embeddings'"):
+        sentence_model.encode(MANY, batch_tokens=9, output_value="token_embeddings")
+    with pytest.raises(ValueError, match="truncate_dim=33 does not exist"):
+        sentence_model.encode(MANY, batch_tokens=9, truncate_dim=33)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.util import quantize_embeddings
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -196,7 +197,15 @@ class M3BertSentenceTransformer(SentenceTransformer):
                 sorted(trained),
             )
 
-    def encode(self, inputs, *args, truncate_dim: int | None = None, exit_layer: int | None = None, **kwargs):
+    def encode(
+        self,
+        inputs,
+        *args,
+        truncate_dim: int | None = None,
+        exit_layer: int | None = None,
+        batch_tokens: int | None = None,
+        **kwargs,
+    ):
         """Encode as [`~sentence_transformers.SentenceTransformer.encode`] does, at the exit and width of the call.
 
         Args:
@@ -205,18 +214,106 @@ class M3BertSentenceTransformer(SentenceTransformer):
             truncate_dim: Width of the vectors; `None` is `self.truncate_dim`. With `normalize_embeddings=True` they
                 are unit vectors at every width.
             exit_layer: Exit for this call; `None` is `self.exit_layer`.
+            batch_tokens: Tokens of a batch at most, padding included, in place of `batch_size` texts: many short
+                texts or few long ones at once, so that neither the memory nor the matrices' size swings with the
+                texts' length. A longer text is a batch by itself. For a list of texts and their vectors only.
             *args: As in the library.
             **kwargs: As in the library.
 
         Raises:
-            ValueError: If the width or the exit does not exist.
+            ValueError: If the width or the exit does not exist, or `batch_tokens` is not positive or is asked for
+                beside several processes or another output than sentence embeddings.
         """
+        if batch_tokens is not None and not isinstance(inputs, str):
+            return self._encode_by_tokens(
+                list(inputs), args, batch_tokens, {**kwargs, "truncate_dim": truncate_dim, "exit_layer": exit_layer}
+            )
         self._check_truncate_dim(truncate_dim)
         if exit_layer is not None:
             for encoder in _encoders(self):
                 encoder.config.resolve_exit_layer(exit_layer)
             kwargs["exit_layer"] = exit_layer
         return super().encode(inputs, *args, truncate_dim=truncate_dim, **kwargs)
+
+    def _encode_by_tokens(self, inputs: list[str], args: tuple, batch_tokens: int, kwargs: dict[str, Any]):
+        refused = [name for name in ("pool", "chunk_size") if kwargs.get(name) is not None]
+        if isinstance(kwargs.get("device"), list):
+            refused.append("several devices")
+        if kwargs.get("output_value", "sentence_embedding") != "sentence_embedding":
+            refused.append(f"output_value={kwargs['output_value']!r}")
+        if args:
+            refused.append("arguments without their names")
+        if refused:
+            raise ValueError(f"batch_tokens={batch_tokens} cannot be combined with {', '.join(refused)}.")
+        progress = kwargs.pop("show_progress_bar", None)
+        if progress is None:
+            progress = logger.isEnabledFor(logging.INFO)
+        kwargs.pop("batch_size", None)
+        precision: Any = kwargs.pop("precision", None) or "float32"
+        to_tensor = kwargs.pop("convert_to_tensor", False)
+        to_numpy = kwargs.pop("convert_to_numpy", True) and not to_tensor
+        batches = self.token_batches(inputs, batch_tokens, kwargs.get("prompt"), kwargs.get("prompt_name"))
+        if not batches:
+            return self.encode(inputs, convert_to_tensor=to_tensor, convert_to_numpy=to_numpy, **kwargs)
+        parts = []
+        with tqdm(total=len(inputs), desc="Texts", disable=not progress) as bar:
+            for rows in batches:
+                vectors = self.encode(
+                    [inputs[row] for row in rows],
+                    batch_size=len(rows),
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                    **kwargs,
+                )
+                parts.append(vectors.cpu() if to_numpy else vectors)
+                bar.update(len(rows))
+        back = torch.tensor([row for rows in batches for row in rows]).argsort()
+        vectors = torch.cat(parts)
+        vectors = vectors[back.to(vectors.device)]
+        # The ranges of int8 are those of all vectors, not of a batch.
+        output: Any = vectors if precision == "float32" else quantize_embeddings(vectors, precision=precision)
+        if to_numpy:
+            return output.float().numpy() if isinstance(output, torch.Tensor) else output
+        output = torch.as_tensor(output)
+        return output if to_tensor else list(output)
+
+    def token_batches(
+        self, inputs: Sequence[str], batch_tokens: int, prompt: str | None = None, prompt_name: str | None = None
+    ) -> list[list[int]]:
+        """Group texts into batches of at most `batch_tokens` tokens, padding included, longest first.
+
+        Args:
+            inputs: Texts.
+            batch_tokens: Most tokens of a batch; a longer text is a batch by itself.
+            prompt: That texts are encoded with.
+            prompt_name: Its name among `prompts`.
+
+        Returns:
+            The rows of each batch; together, every row once.
+
+        Raises:
+            ValueError: If `batch_tokens` is not positive.
+        """
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} must be positive.")
+        if not len(inputs):
+            return []
+        prefix = prompt or self.prompts.get(prompt_name or self.default_prompt_name or "") or ""
+        lengths = [
+            len(ids)
+            for ids in self.tokenizer(
+                [prefix + text for text in inputs],
+                truncation=True,
+                max_length=self.max_seq_length,
+                return_attention_mask=False,
+            )["input_ids"]
+        ]
+        batches: list[list[int]] = []
+        for row in sorted(range(len(inputs)), key=lambda row: -lengths[row]):
+            if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
 
     @torch.inference_mode()
     def encode_exits(
