@@ -20,6 +20,7 @@ from m3bert_hf import (
     M3BertForTokenClassification,
     M3BertModel,
 )
+from m3bert_hf.packing_m3bert import PackedDocuments
 
 
 ARCHITECTURES = {
@@ -229,8 +230,9 @@ def test_flash_attention_gets_the_boundaries_of_packed_documents(monkeypatch):
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_without_padding_the_same_states_and_gradients(architecture, attention, side):
+@pytest.mark.parametrize(("side", "alone"), [("right", 1), ("left", 6), ("holes", 32)])
+def test_without_padding_the_same_states_and_gradients(architecture, attention, side, alone, monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", alone)
     model = make(attention=attention, **ARCHITECTURES[architecture])
     ids, mask = tiny_batch(model.config, lengths=(11, 7, 1, 6, 5))
     if side == "left":

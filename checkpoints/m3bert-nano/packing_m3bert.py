@@ -16,20 +16,26 @@ class PackedDocuments:
 
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
+    # On a CPU, documents of this many tokens are attended to one by one, as slices without copies, padding or mask;
+    # for shorter ones the calls cost more than a group. On a GPU every call is a launch, and groups are always taken.
+    alone = 32
 
     def __init__(self, lengths: list[int], device):
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-        groups: list[list[int]] = []
-        for document in order:
-            if not groups or lengths[document] < self.fullness * lengths[groups[-1][0]]:
+        alone = self.alone if torch.device(device).type == "cpu" else max(lengths, default=0) + 1
+        groups = [[i] for i, length in enumerate(lengths) if length >= alone]
+        others = sorted((i for i, length in enumerate(lengths) if 0 < length < alone), key=lambda i: -lengths[i])
+        for place, document in enumerate(others):
+            if place == 0 or lengths[document] < self.fullness * lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(document)
         # For each group the places of its tokens [documents, longest], padding pointing at the document's first token,
         # and which of them are tokens.
-        self.places, self.valid = [], []
+        self.places: list[torch.Tensor] = []
+        self.valid: list[torch.Tensor | None] = []
+        self.slices: list[slice | None] = []
         for group in groups:
             first = torch.tensor([starts[i] for i in group], device=device)[:, None]
             sizes = torch.tensor([lengths[i] for i in group], device=device)[:, None]
@@ -37,22 +43,29 @@ class PackedDocuments:
             valid = offset < sizes
             self.places.append(first + offset * valid)
             self.valid.append(None if lengths[group[-1]] == lengths[group[0]] else valid)
-        tokens = [
-            place.flatten() if valid is None else place[valid]
-            for place, valid in zip(self.places, self.valid, strict=True)
-        ]
-        # Where each token of the row stands among the groups' tokens.
-        self.back = torch.cat(tokens).argsort() if tokens else torch.zeros(0, dtype=torch.long, device=device)
+            self.slices.append(slice(starts[group[0]], starts[group[0] + 1]) if len(group) == 1 else None)
+        # Where each token of the row stands among the groups' tokens; nothing is to be moved if all are in order.
+        order = [document for group in groups for document in group]
+        self.back = None
+        if order != sorted(order):
+            tokens = [
+                place.flatten() if valid is None else place[valid]
+                for place, valid in zip(self.places, self.valid, strict=True)
+            ]
+            self.back = torch.cat(tokens).argsort()
 
     def attend(self, function, module, query, key, value, masks, options) -> torch.Tensor:
         """Run an attention function within documents: [1, heads, tokens, head_dim] to [1, tokens, heads, head_dim]."""
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         parts = []
-        for place, valid, mask in zip(self.places, self.valid, masks, strict=True):
-            rows = [states[place].transpose(1, 2) for states in (query, key, value)]
+        for place, valid, span, mask in zip(self.places, self.valid, self.slices, masks, strict=True):
+            if span is not None:
+                rows = [states[:, :, span] for states in (query, key, value)]
+            else:
+                rows = [states[0].transpose(0, 1)[place].transpose(1, 2) for states in (query, key, value)]
             output, _ = function(module, *rows, mask, **options)
             parts.append(output.flatten(0, 1) if valid is None else output[valid])
-        return torch.cat(parts)[self.back][None]
+        together = torch.cat(parts) if parts else query.new_zeros(0, query.shape[1], query.shape[3])
+        return (together if self.back is None else together[self.back])[None]
 
 
 def padded(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from m3bert_hf.packing_m3bert import PackedDocuments, padded
+
+
+LENGTHS = [5, 12, 0, 1, 12, 9, 3, 3, 40]
+
+
+def attend(module, query, key, value, mask, scaling):
+    """The interface of transformers' attention functions."""
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def run(documents, states):
+    masks = [None if valid is None else valid[:, None, None, :] for valid in documents.valid]
+    return documents.attend(attend, None, *states, masks, {"scaling": 0.3})
+
+
+@pytest.fixture
+def states():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, sum(LENGTHS), 4, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("alone", [1, 4, 10, 1000])
+def test_attention_and_gradients_are_those_of_each_document_by_itself(alone, states, monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", alone)
+    documents = PackedDocuments(LENGTHS, "cpu")
+    # One document is a slice whose length is at least `alone`, or happened to be a group of one.
+    assert sum(span is not None for span in documents.slices) >= sum(length >= alone for length in LENGTHS if length)
+    expected = torch.cat(
+        [
+            scaled_dot_product_attention(*(part.split(LENGTHS, dim=2)[i] for part in states), scale=0.3)
+            for i in range(len(LENGTHS))
+        ],
+        dim=2,
+    ).transpose(1, 2)
+    found = run(documents, states)
+    torch.testing.assert_close(found, expected)
+    weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), states),
+        torch.autograd.grad((expected * weights).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_groups_hold_documents_of_like_length(monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", 1000)
+    documents = PackedDocuments(LENGTHS, "cpu")
+    for place, valid in zip(documents.places, documents.valid, strict=True):
+        if valid is not None:
+            assert valid.sum() >= documents.fullness * place.numel()
+    tokens = sum(
+        place.numel() if valid is None else int(valid.sum())
+        for place, valid in zip(documents.places, documents.valid, strict=True)
+    )
+    assert tokens == sum(LENGTHS)
+
+
+def test_documents_in_order_are_not_moved(monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", 1)
+    assert PackedDocuments([4, 9, 0, 7], "cpu").back is None
+    monkeypatch.setattr(PackedDocuments, "alone", 8)
+    assert PackedDocuments([4, 9, 0, 7], "cpu").back is not None
+
+
+def test_nothing_to_attend_to():
+    empty = [torch.zeros(1, 2, 0, 4)] * 3
+    assert run(PackedDocuments([0, 0], "cpu"), empty).shape == (1, 0, 2, 4)
+
+
+def test_states_return_to_where_their_tokens_stood():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    states = torch.arange(8.0).view(1, 4, 2)
+    assert padded(states, mask).tolist() == [[[0, 1], [2, 3], [0, 0]], [[0, 0], [4, 5], [6, 7]]]
