@@ -34,13 +34,18 @@ run curves $out/stage1 $out/stage2 $out/stage3 --output $out/curves.png
 if [ ! -f $out/pairs/validation-queries.jsonl.gz ]; then
   python examples/nano/prepare_pairs.py "$data"/finetune/* --output $out/pairs
 fi
-if [ ! -f $out/finetuned/trainer_state.json ]; then
-  OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m m3bert_hf finetune examples/nano/finetune.yaml \
-    --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
+# recipe, where it ends up
+finetune() {
+  if [ ! -f "$out/$2/trainer_state.json" ]; then
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m m3bert_hf finetune "examples/nano/$1.yaml" \
+      --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
+  fi
+}
+finetune finetune exit2
+if [ ! -d $out/deep ]; then
+  run deepen $out/exit2 $out/deep --exit-layers 4 6
 fi
-if [ ! -f $out/joint/trainer_state.json ]; then
-  run finetune examples/nano/joint.yaml --exclude_files "${evaluation[@]}" --resume_from_checkpoint auto
-fi
+finetune finetune_all finetuned
 
-python examples/nano/ship.py $out/joint --output $out/shipped
+python examples/nano/ship.py $out/finetuned --output $out/shipped
 examples/nano/measure.sh "$data" $out/shipped

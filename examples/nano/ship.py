@@ -1,6 +1,6 @@
-"""Write a checkpoint that ships: half the bytes on disk, float32 once loaded, every head and exit in place.
+"""Write a checkpoint that ships: half the bytes on disk, float32 once loaded, the head if there is one.
 
-python examples/nano/ship.py runs/m3bert-nano/joint --output checkpoints/m3bert-nano
+python examples/nano/ship.py runs/m3bert-nano/finetuned --output checkpoints/m3bert-nano
 python examples/nano/ship.py runs/m3bert-nano/stage3 --output checkpoints/m3bert-nano-base
 """
 
@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from m3bert_hf import M3BertForMaskedLM, build_sentence_transformer
+from m3bert_hf import build_sentence_transformer
 
 
 TEXTS = ["convert images on the command line", "Bilder umwandeln", "画像を変換する", "convertir des images"]
@@ -20,18 +20,18 @@ TEXTS = ["convert images on the command line", "Bilder umwandeln", "画像を変
 def main() -> None:
     """Save in float16, and check that the vectors are those of the source."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="directory of a pretrained or fine-tuned model with its masked-language head")
+    parser.add_argument("source", help="directory of a pretrained or fine-tuned model")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--least-cosine", type=float, default=0.9999)
     options = parser.parse_args()
-    masked_lm, info = M3BertForMaskedLM.from_pretrained(options.source, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{options.source} has no masked-language head: {sorted(info['missing_keys'])} are missing.")
     model = build_sentence_transformer(options.source)
+    config = AutoConfig.from_pretrained(options.source)
     if (Path(options.source) / "modules.json").exists():
         model.save(str(options.output))
     AutoTokenizer.from_pretrained(options.source).save_pretrained(options.output)
-    masked_lm.half().save_pretrained(options.output)
+    head = "M3BertForMaskedLM" in (config.architectures or [])
+    kind = AutoModelForMaskedLM if head else AutoModel
+    kind.from_pretrained(options.source).half().save_pretrained(options.output)
     # The type that it is loaded in: half precision is for the disk, a CPU computes faster and closer in float32.
     file = options.output / "config.json"
     config = {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}
