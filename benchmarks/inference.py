@@ -7,7 +7,8 @@ are real (`--queries`, `--documents`: JSON lines with `query` and `document`; th
 cut at 64 tokens; every model gets the same tokenizer, so that all see the same lengths, and the vocabulary size of its
 own kind. Peers, with transformers' own code: XLM-R base (the body of multilingual-e5-base), ModernBERT-base,
 mmBERT-base and mmBERT-small. bf16 means weights in bfloat16; int8 is ONNX with dynamic quantisation, on onnxruntime;
-compiled is `compile_encoder` for ours and `torch.compile(dynamic=True)` of the encoder for peers.
+compiled is `compile_encoder` for ours and `torch.compile(dynamic=True)` of the encoder for peers; openvino runs the
+same ONNX files on OpenVINO.
 
 - docs/s: batches of 32, sorted by length by the library; the best of the repeats.
 - p50, p95: single queries, one after another.
@@ -48,7 +49,7 @@ PEERS = {
     ),
 }
 OURS = ("exit 4", "exit 8", "exit 12", "exported (4, 64), 32k vocabulary")
-KINDS = ("float32", "bf16", "int8", "float32 compiled", "bf16 compiled")
+KINDS = ("float32", "bf16", "int8", "float32 compiled", "bf16 compiled", "bf16 openvino", "int8 openvino")
 CASES = [(name, kind) for name in (*OURS, *PEERS) for kind in KINDS]
 
 
@@ -87,17 +88,24 @@ def build(name: str, folder: Path) -> int:
     return sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
 
 
-def int8_file(model: Any, folder: Path) -> Path:
-    """Write a quantised ONNX file of any encoder, as m3bert_hf does for its own."""
+def onnx_file(model: Any, folder: Path, int8: bool) -> Path:
+    """Write an ONNX file of any encoder, perhaps quantised, as m3bert_hf does for its own."""
     from m3bert_hf import onnx_export
 
     plain, file = folder / "plain.onnx", folder / "model_int8.onnx"
     pipeline = onnx_export._Pipeline(model, None).eval()
     model.transformers_model.config.max_input_length = 512
     onnx_export._write_graph(pipeline, plain, model.transformers_model.config)
+    if not int8:
+        return plain
     onnx_export._quantize(plain, file, "avx512_vnni")
     plain.unlink()
     return file
+
+
+def on_onnx(kind: str) -> bool:
+    """Whether a kind runs an ONNX file."""
+    return kind.startswith("int8") or kind.endswith("openvino")
 
 
 def load(name: str, kind: str, folder: Path) -> Any:
@@ -108,8 +116,12 @@ def load(name: str, kind: str, folder: Path) -> Any:
     from m3bert_hf.compilation import compile_encoder
     from m3bert_hf.onnx_export import load_onnx
 
-    if kind == "int8" and name not in PEERS:
-        return load_onnx(folder, json.loads((folder / "file.json").read_text()))
+    if on_onnx(kind) and name not in PEERS:
+        file = json.loads((folder / "file.json").read_text())
+        if kind.endswith("openvino"):
+            precision = "bfloat16" if kind.startswith("bf16") else None
+            return load_onnx(folder, file, runtime="openvino", precision=precision)
+        return load_onnx(folder, file)
     dtype, compiled = torch.bfloat16 if kind.startswith("bf16") else torch.float32, kind.endswith("compiled")
     options: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
     if name in PEERS:
@@ -123,16 +135,22 @@ def load(name: str, kind: str, folder: Path) -> Any:
     return compile_encoder(model) if compiled else model
 
 
-class _Int8Peer:
+class _OnnxPeer:
     """A peer's graph behind the same calls."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kind: str):
         from transformers import AutoTokenizer
 
         from m3bert_hf.onnx_export import OnnxEncoder
+        from m3bert_hf.openvino_encoder import OpenVinoEncoder
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.encoder = OnnxEncoder(folder / "model_int8.onnx", None)
+        file = folder / ("model_int8.onnx" if kind.startswith("int8") else "plain.onnx")
+        if kind.endswith("openvino"):
+            precision = "bfloat16" if kind.startswith("bf16") else "float32"
+            self.encoder: OnnxEncoder = OpenVinoEncoder(file, None, precision=precision)
+        else:
+            self.encoder = OnnxEncoder(file, None)
         self.max_seq_length = 64
 
     def encode(self, texts, batch_size: int = 32, **_):
@@ -147,18 +165,19 @@ class _Int8Peer:
 def prepare(name: str, kind: str, folder: Path) -> int:
     """Write what the case loads; in a process of its own, so that the measured one has only loaded it."""
     weights = build(name, folder)
-    if kind == "int8":
+    if on_onnx(kind):
+        int8 = kind.startswith("int8")
         if name in PEERS:
             from sentence_transformers import SentenceTransformer
 
             model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-            int8_file(model, folder)
+            onnx_file(model, folder, int8)
         else:
             from m3bert_hf.onnx_export import export_onnx
 
             exit_layer = 4 if name.startswith("exported") else int(name.split()[1])
             width = 64 if name.startswith("exported") else None
-            file = export_onnx(folder, exit_layer=exit_layer, truncate_dim=width, int8=True)
+            file = export_onnx(folder, exit_layer=exit_layer, truncate_dim=width, int8=int8)
             (folder / "file.json").write_text(json.dumps(file.relative_to(folder).as_posix()))
     return weights
 
@@ -168,7 +187,7 @@ def measure(name: str, kind: str, folder: Path, weights: int, options: argparse.
     queries = read_texts(options.queries, "query", 40)
     documents = read_texts(options.documents, "document", options.count)
     start = time.perf_counter()
-    model = _Int8Peer(folder) if kind == "int8" and name in PEERS else load(name, kind, folder)
+    model = _OnnxPeer(folder, kind) if on_onnx(kind) and name in PEERS else load(name, kind, folder)
     model.max_seq_length = 64
     model.encode(queries[0])
     if kind.endswith("compiled"):
@@ -189,7 +208,7 @@ def measure(name: str, kind: str, folder: Path, weights: int, options: argparse.
     times.sort()
     lengths = model.tokenizer(documents, truncation=True, max_length=64)["input_ids"]
     tokens = sum(map(len, lengths)) / len(documents)
-    size = sum(f.stat().st_size for f in folder.rglob("*.onnx" if kind == "int8" else "*.safetensors"))
+    size = sum(f.stat().st_size for f in folder.rglob("*.onnx" if on_onnx(kind) else "*.safetensors"))
     row.update(
         documents_per_second=max(rates),
         tokens_per_second=max(rates) * tokens,
@@ -197,7 +216,7 @@ def measure(name: str, kind: str, folder: Path, weights: int, options: argparse.
         query_p50_ms=times[len(times) // 2],
         query_p95_ms=times[int(len(times) * 0.95)],
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        size_mib=(size / 2 if kind.startswith("bf16") else size) / 2**20,
+        size_mib=(size / 2 if kind.startswith("bf16") and not on_onnx(kind) else size) / 2**20,
     )
     return row
 
@@ -256,7 +275,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(names) + 1.4), sharey=True, layout="constrained")
-    colors = plt.get_cmap("viridis")([0.1, 0.5, 0.85, 0.3, 0.7])
+    colors = plt.get_cmap("viridis")([0.1, 0.5, 0.85, 0.3, 0.7, 0.6, 0.95])
     labels = (("documents_per_second", "documents per second"), ("query_p50_ms", "single query, p50 (ms)"))
     for axis, (key, label) in zip(axes, labels, strict=True):
         for index, kind in enumerate(kinds):

@@ -169,6 +169,12 @@ def _quantize(source: Path, file: Path, target: Target) -> None:
         prepared.unlink()
 
 
+def require_file(file: str | Path) -> None:
+    """Raise a `FileNotFoundError` that says how to write the file, if it does not exist."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist: write it with export_onnx or `m3bert_hf export --onnx`.")
+
+
 class OnnxEncoder(nn.Module):
     """Stands in for the encoder within a SentenceTransformer and runs an ONNX file of [`export_onnx`].
 
@@ -178,18 +184,25 @@ class OnnxEncoder(nn.Module):
         threads: Threads of a run; `None` leaves it to onnxruntime.
     """
 
-    def __init__(self, file: str | Path, config: Any, threads: int | None = None):
+    def __init__(self, file: str | Path, config: Any, threads: int | None = None, **options: Any):
         super().__init__()
+        self._open(file, threads, **options)
+        self.config = config
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def _open(self, file: str | Path, threads: int | None) -> None:
         runtime = _requirements()
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} does not exist: write it with export_onnx or `m3bert_hf export --onnx`.")
+        require_file(file)
         options = runtime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
         self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.config = config
-        self.dtype = torch.float32
-        self.device = torch.device("cpu")
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors."""
+        return {output.name: output.shape[-1] for output in self.session.get_outputs()}["sentence_embedding"]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> Any:
         """Return `last_hidden_state` [batch, tokens, hidden_size]."""
@@ -241,38 +254,54 @@ class _OnnxModule(nn.Module):
 
 
 def load_onnx(
-    model: str | Path, file_name: str = "onnx/model.onnx", threads: int | None = None, **kwargs
+    model: str | Path,
+    file_name: str = "onnx/model.onnx",
+    threads: int | None = None,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    precision: str | None = None,
+    **kwargs,
 ) -> SentenceTransformer:
-    """Load an ONNX file of [`export_onnx`] as a `SentenceTransformer` that runs on onnxruntime.
+    """Load an ONNX file of [`export_onnx`] as a `SentenceTransformer` that runs on onnxruntime or OpenVINO.
 
     sentence-transformers' own `backend="onnx"` needs the optimum-onnx package, whose releases up to 0.1.0 require
-    transformers below 4.58; this loader needs onnxruntime alone.
+    transformers below 4.58; this loader needs the runtime alone.
 
     Args:
         model: Directory of the checkpoint.
         file_name: File within it.
-        threads: Threads of a run; `None` leaves it to onnxruntime.
+        threads: Threads of a run; `None` leaves it to the runtime.
+        runtime: `docs/deployment.md` has what each measured.
+        precision: Of OpenVINO, see [`OpenVinoEncoder`]; onnxruntime computes in what the file holds.
         **kwargs: What `SentenceTransformer` takes, but for what is fixed in the file.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If `exit_layer`, `pooling_mode` or `device` is asked for: they are fixed in the file.
-        ImportError: If onnxruntime is not installed.
+        ValueError: If `exit_layer`, `pooling_mode` or `device` is asked for: they are fixed in the file. If the
+            runtime is neither, or cannot choose its precision.
+        ImportError: If the runtime is not installed.
     """
     file = Path(model) / file_name
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: write it with export_onnx or `m3bert_hf export --onnx`.")
+    require_file(file)
+    if runtime not in ("onnxruntime", "openvino"):
+        raise ValueError(f"runtime={runtime!r} must be onnxruntime or openvino.")
+    if precision is not None and runtime != "openvino":
+        raise ValueError(f"precision={precision!r} is OpenVINO's: onnxruntime computes in what the file holds.")
     fixed = sorted({"exit_layer", "pooling_mode", "device", "backend"} & set(kwargs))
     if fixed:
         raise ValueError(f"{', '.join(fixed)} cannot be chosen here: an ONNX file has its own. Export another one.")
     loaded = build_sentence_transformer(str(model), device="cpu", **kwargs)
     transformer: Any = loaded[0]
-    encoder = OnnxEncoder(file, loaded.transformers_model.config, threads)
-    width = {output.name: output.shape[-1] for output in encoder.session.get_outputs()}["sentence_embedding"]
+    config = loaded.transformers_model.config
+    if runtime == "openvino":
+        from .openvino_encoder import OpenVinoEncoder
+
+        encoder: OnnxEncoder = OpenVinoEncoder(file, config, threads, precision=precision or "float32")
+    else:
+        encoder = OnnxEncoder(file, config, threads)
     # The graph holds the weights: those of the checkpoint are let go.
     transformer.model = encoder
     return SentenceTransformer(
-        modules=[_OnnxModule(transformer, encoder, width)],
+        modules=[_OnnxModule(transformer, encoder, encoder.width)],
         prompts={name: prompt for name, prompt in loaded.prompts.items() if prompt is not None},
         default_prompt_name=loaded.default_prompt_name,
         similarity_fn_name=loaded.similarity_fn_name,
