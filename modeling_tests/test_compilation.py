@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config
@@ -44,13 +46,15 @@ def test_compiled_states_are_the_plain_ones_for_padded_and_packed_batches(model)
 def test_one_graph_of_each_piece_serves_layers_exits_and_lengths(model):
     backend, graphs = counting_backend()
     compile_encoder(model, at_least=8, backend=backend)
-    # Three pieces, padded and packed; what comes afterwards compiles nothing.
-    assert len(graphs) == 6
+    # Three pieces, padded and packed, in inference mode and without gradients; nothing is compiled afterwards.
+    assert len(graphs) == 12
     for lengths in SHAPES:
         exits(model, lengths)
     with torch.inference_mode():
         model(tiny_batch(model.config, (12, 12))[0], exit_layer=1)
-    assert len(graphs) == 6
+    with torch.no_grad():
+        model(tiny_batch(model.config, (12, 12, 13))[0])
+    assert len(graphs) == 12
 
 
 def test_small_batches_and_training_take_the_plain_path(model):
@@ -61,6 +65,16 @@ def test_small_batches_and_training_take_the_plain_path(model):
     assert not graphs and model.layers[0].mlp.up_proj.weight.grad is not None
     exits(model, (10, 10))
     assert graphs
+
+
+def test_copies_for_other_processes_take_the_plain_path(model):
+    backend, _ = counting_backend()
+    compile_encoder(model, at_least=8, backend=backend)
+    copy = pickle.loads(pickle.dumps(model))
+    piece = copy.layers[1].feed_forward
+    assert piece.compiled is piece.plain and piece.module is copy.layers[1]
+    for state, reference in zip(exits(copy, (9, 9)), exits(model, (9, 9)), strict=True):
+        assert torch.allclose(state, reference, atol=1e-5)
 
 
 def test_weights_that_change_are_read_anew_and_names_stay(model):

@@ -246,6 +246,9 @@ def test_without_padding_the_same_states_and_gradients(architecture, attention, 
         output = model(ids, mask, output_exits=True)
         tokens = torch.cat([state[mask.bool()] for state in output.exit_hidden_states])
         (tokens * torch.linspace(-1, 1, tokens.numel()).view_as(tokens)).sum().backward()
+        with torch.no_grad():
+            alone_or_not = model(ids, mask).last_hidden_state[mask.bool()]
+        torch.testing.assert_close(alone_or_not, output.last_hidden_state[mask.bool()], atol=1e-4, rtol=1e-3)
         found.append([tokens, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for unpadded in (found[0], found[2]):
         for a, b in zip(unpadded, found[1], strict=True):

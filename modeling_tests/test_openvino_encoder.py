@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from conftest import TEXTS
@@ -39,6 +41,17 @@ def test_an_answer_survives_the_next_one(exported):
     kept = first.clone()
     encoder.embed(features[1]["input_ids"], features[1]["attention_mask"])
     assert (first == kept).all()
+
+
+def test_threads_may_ask_at_once(exported):
+    encoder = load_onnx(exported, runtime="openvino")[0].encoder
+    model = build_sentence_transformer(exported)
+    inputs = [dict(model.tokenizer([text], return_tensors="pt")) for text in TEXTS * 5]
+    wanted = [encoder.embed(**features) for features in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda features: encoder.embed(**features), inputs))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(("file", "precision"), [("model.onnx", "bfloat16"), ("model_int8.onnx", None)])

@@ -28,7 +28,9 @@ def states():
 @pytest.mark.parametrize("alone", [1, 4, 10, 1000])
 def test_attention_and_gradients_are_those_of_each_document_by_itself(alone, states, monkeypatch):
     monkeypatch.setattr(PackedDocuments, "alone", alone)
-    documents = PackedDocuments(LENGTHS, "cpu")
+    assert not any(PackedDocuments(LENGTHS, "cpu").slices), "each slice's gradient would be as large as the row"
+    with torch.no_grad():
+        documents = PackedDocuments(LENGTHS, "cpu")
     # One document is a slice whose length is at least `alone`, or happened to be a group of one.
     assert sum(span is not None for span in documents.slices) >= sum(length >= alone for length in LENGTHS if length)
     expected = torch.cat(
@@ -62,6 +64,7 @@ def test_groups_hold_documents_of_like_length(monkeypatch):
     assert tokens == sum(LENGTHS)
 
 
+@torch.no_grad()
 def test_documents_in_order_are_not_moved(monkeypatch):
     monkeypatch.setattr(PackedDocuments, "alone", 1)
     assert PackedDocuments([4, 9, 0, 7], "cpu").back is None

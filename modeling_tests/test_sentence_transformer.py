@@ -211,10 +211,27 @@ def test_batches_by_tokens_keep_prompts_tasks_and_precisions(checkpoint):
     assert len(model.encode([], batch_tokens=40)) == 0
 
 
-def test_batches_by_tokens_refuse_what_they_cannot_do(sentence_model):
+def test_batches_by_tokens_refuse_what_they_cannot_do(sentence_model, monkeypatch):
     with pytest.raises(ValueError, match="batch_tokens=0 must be positive"):
         sentence_model.encode(MANY, batch_tokens=0)
     with pytest.raises(ValueError, match="batch_tokens=9 cannot be combined with output_value='token_embeddings'"):
         sentence_model.encode(MANY, batch_tokens=9, output_value="token_embeddings")
     with pytest.raises(ValueError, match="truncate_dim=33 does not exist"):
         sentence_model.encode(MANY, batch_tokens=9, truncate_dim=33)
+    with pytest.raises(ValueError, match="cannot be combined with inputs other than texts"):
+        sentence_model.encode([{"text": "one"}, {"text": "two"}], batch_tokens=9)
+    monkeypatch.setattr(sentence_model, "token_batches", lambda *_, **__: pytest.fail("work before the checks"))
+    with pytest.raises(ValueError, match="int4"):
+        sentence_model.encode(MANY, batch_tokens=9, precision="int4")
+    with pytest.raises(ValueError, match="no such prompt"):
+        sentence_model.encode(MANY, batch_tokens=9, prompt_name="no such prompt")
+
+
+def test_batches_by_tokens_know_what_cuts_a_text(sentence_model):
+    def longest(**options):
+        return max(map(len, sentence_model.token_batches([TEXTS[0] * 9] * 8, 96, **options)))
+
+    sentence_model[0].query_length = 12
+    assert longest(task="query") == 8
+    assert longest() == 96 // 48
+    assert longest(processing_kwargs={"text": {"max_length": 24}}) == 4

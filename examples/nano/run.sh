@@ -43,7 +43,8 @@ finetune() {
 }
 finetune finetune exit2
 if [ ! -d $out/deep ]; then
-  run deepen $out/exit2 $out/deep --exit-layers 4 6
+  run deepen $out/exit2 $out/deep.new --exit-layers 4 6
+  mv $out/deep.new $out/deep
 fi
 finetune finetune_all finetuned
 

@@ -7,6 +7,7 @@ depends on the data, stay as they are. Small inputs take the plain path, where t
 more than the fusion saves.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ class _FromTokens:
     def __init__(self, module: nn.Module, plain: Callable, compiled: Callable, at_least: int):
         self.module, self.plain, self.compiled, self.at_least = module, plain, compiled, at_least
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What dynamo made belongs to this process: a copy in another one (encoding in several) takes the plain path.
+        return {**vars(self), "compiled": self.plain}
+
     def __call__(self, hidden_states: torch.Tensor, *arguments):
         tokens = hidden_states.shape[:-1].numel()
         # Training has TrainingArguments.torch_compile, and a compiled graph inside another would be compiled twice.
@@ -36,9 +41,9 @@ class _FromTokens:
 def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **options: Any) -> Model:
     """Compile the layers of every m3BERT encoder within a model for inference, in place.
 
-    One graph of each piece serves all layers, exits and batches; half a minute of compilation on a CPU, kept in
-    inductor's cache for the next process. Weights, names and what is saved stay as they are; results differ from the
-    plain path by rounding. `docs/deployment.md` has what it gains.
+    One graph of each piece serves all layers, exits and batches, and is kept in inductor's cache for the next process.
+    A copy of the model in another process, as for encoding in several, takes the plain path. Weights, names and what is
+    saved stay as they are; results differ from the plain path by rounding. `docs/deployment.md` has what it gains.
 
     Args:
         model: An encoder, a model with a head, or a `SentenceTransformer`.
@@ -56,6 +61,9 @@ def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **o
     encoders = [module for module in model.modules() if isinstance(module, M3BertModel)]
     if not encoders:
         raise ValueError(f"{type(model).__name__} holds no m3BERT encoder to compile.")
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # Otherwise all models of a process share the eight graphs that dynamo makes of a function before it gives up.
+        options.setdefault("isolate_recompiles", True)
     feed_forward, project, norm = (
         torch.compile(plain, dynamic=True, **options)
         for plain in (M3BertLayer.feed_forward, M3BertAttention.project, M3BertRMSNorm.forward)
@@ -95,9 +103,8 @@ def undo_compilation(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-@torch.inference_mode()
 def _warm_up(encoder: M3BertModel, at_least: int) -> None:
-    """Run a padded and a packed batch, the two shapes that hidden states come in."""
+    """Run a padded and a packed batch, the two shapes of hidden states, in both modes that inference runs in."""
     config = encoder.config
     # A size that equals another would be taken for the same symbol, and the graph be bound to their equality.
     taken = {config.hidden_size, config.intermediate_size, config.num_attention_heads, 2 * config.hidden_size}
@@ -109,9 +116,12 @@ def _warm_up(encoder: M3BertModel, at_least: int) -> None:
     try:
         ids = torch.zeros(rows, length, dtype=torch.long, device=encoder.device)
         mask = torch.ones_like(ids)
-        encoder(ids, attention_mask=mask)
-        mask[1:, length // 2 :] = 0
-        encoder(ids, attention_mask=mask)
+        packed = mask.clone()
+        packed[1:, length // 2 :] = 0
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                encoder(ids, attention_mask=mask)
+                encoder(ids, attention_mask=packed)
     finally:
         encoder.train(training)
 

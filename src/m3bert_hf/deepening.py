@@ -30,8 +30,9 @@ def deepen(
         The deepened model.
 
     Raises:
-        ValueError: If an exit is not above the present depth, or the model's exits are not normed alike
-            (`exit_norm` other than "shared" and "none"): the old deepest exit would lose its norm.
+        ValueError: If an exit is not above the present depth; if the model's exits are not normed alike
+            (`exit_norm="last"`), since the old deepest one would lose its norm; or if its `layer_types` follow no
+            pattern that could go on.
     """
     model = build_sentence_transformer(str(model_name_or_path))
     encoder: Any = model.transformers_model
@@ -74,7 +75,8 @@ def deepen(
     first: Any = model[0]
     first.model = bigger.to(encoder.device).train(encoder.training)
     model.save_pretrained(str(output_dir), create_model_card=False)
-    return model
+    # What was written, not what was cast: in half precision, rotary frequencies stay in float32.
+    return build_sentence_transformer(str(output_dir))
 
 
 __all__ = ["deepen"]

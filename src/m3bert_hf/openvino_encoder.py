@@ -1,5 +1,6 @@
 """ONNX files of sub-models on OpenVINO, behind the interface of [`OnnxEncoder`]."""
 
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class OpenVinoEncoder(OnnxEncoder):
             options["INFERENCE_NUM_THREADS"] = threads
         compiled = openvino.Core().compile_model(str(file), "CPU", options)
         self.ports = {name: port for port in compiled.outputs for name in port.names}
-        self.request = compiled.create_infer_request()
+        self.compiled, self.requests = compiled, threading.local()
 
     @property
     def width(self) -> int:
@@ -49,8 +50,11 @@ class OpenVinoEncoder(OnnxEncoder):
 
     def _run(self, output: str, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        found = self.request.infer(inputs, share_inputs=True)
-        # A copy: the request writes its next answer where this one lies.
+        # A request serves one caller at a time.
+        if not hasattr(self.requests, "own"):
+            self.requests.own = self.compiled.create_infer_request()
+        found = self.requests.own.infer(inputs, share_inputs=True, share_outputs=True)
+        # A copy of the one that is wanted: the request writes its next answer where this one lies.
         return torch.from_numpy(found[self.ports[output]].copy())
 
 

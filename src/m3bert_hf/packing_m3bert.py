@@ -17,14 +17,16 @@ class PackedDocuments:
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
     # On a CPU, documents of this many tokens are attended to one by one, as slices without copies, padding or mask;
-    # for shorter ones the calls cost more than a group. On a GPU every call is a launch, and groups are always taken.
+    # for shorter ones the calls cost more than a group. Groups are always taken on a GPU, where each call is a launch,
+    # and where gradients are wanted, since that of a slice is as large as the row it was taken from.
     alone = 32
 
     def __init__(self, lengths: list[int], device):
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        alone = self.alone if torch.device(device).type == "cpu" else max(lengths, default=0) + 1
+        slicing = torch.device(device).type == "cpu" and not torch.is_grad_enabled()
+        alone = self.alone if slicing else max(lengths, default=0) + 1
         groups = [[i] for i, length in enumerate(lengths) if length >= alone]
         others = sorted((i for i, length in enumerate(lengths) if 0 < length < alone), key=lambda i: -lengths[i])
         for place, document in enumerate(others):
@@ -43,7 +45,7 @@ class PackedDocuments:
             valid = offset < sizes
             self.places.append(first + offset * valid)
             self.valid.append(None if lengths[group[-1]] == lengths[group[0]] else valid)
-            self.slices.append(slice(starts[group[0]], starts[group[0] + 1]) if len(group) == 1 else None)
+            self.slices.append(slice(starts[group[0]], starts[group[0] + 1]) if slicing and len(group) == 1 else None)
         # Where each token of the row stands among the groups' tokens; nothing is to be moved if all are in order.
         order = [document for group in groups for document in group]
         self.back = None

@@ -224,15 +224,17 @@ class M3BertSentenceTransformer(SentenceTransformer):
             ValueError: If the width or the exit does not exist, or `batch_tokens` is not positive or is asked for
                 beside several processes or another output than sentence embeddings.
         """
-        if batch_tokens is not None and not isinstance(inputs, str):
-            return self._encode_by_tokens(
-                list(inputs), args, batch_tokens, {**kwargs, "truncate_dim": truncate_dim, "exit_layer": exit_layer}
-            )
         self._check_truncate_dim(truncate_dim)
         if exit_layer is not None:
             for encoder in _encoders(self):
                 encoder.config.resolve_exit_layer(exit_layer)
             kwargs["exit_layer"] = exit_layer
+        if batch_tokens is not None:
+            if batch_tokens < 1:
+                raise ValueError(f"batch_tokens={batch_tokens} must be positive.")
+            if not self.is_singular_input(inputs):
+                kwargs["truncate_dim"] = truncate_dim
+                return self._encode_by_tokens(list(inputs), args, batch_tokens, kwargs)
         return super().encode(inputs, *args, truncate_dim=truncate_dim, **kwargs)
 
     def _encode_by_tokens(self, inputs: list[str], args: tuple, batch_tokens: int, kwargs: dict[str, Any]):
@@ -243,22 +245,27 @@ class M3BertSentenceTransformer(SentenceTransformer):
             refused.append(f"output_value={kwargs['output_value']!r}")
         if args:
             refused.append("arguments without their names")
+        if not all(isinstance(text, str) for text in inputs):
+            refused.append("inputs other than texts")
         if refused:
             raise ValueError(f"batch_tokens={batch_tokens} cannot be combined with {', '.join(refused)}.")
+        kwargs.pop("batch_size", None)
         progress = kwargs.pop("show_progress_bar", None)
         if progress is None:
             progress = logger.isEnabledFor(logging.INFO)
-        kwargs.pop("batch_size", None)
         precision: Any = kwargs.pop("precision", None) or "float32"
         to_tensor = kwargs.pop("convert_to_tensor", False)
         to_numpy = kwargs.pop("convert_to_numpy", True) and not to_tensor
-        batches = self.token_batches(inputs, batch_tokens, kwargs.get("prompt"), kwargs.get("prompt_name"))
+        # The library's own checks of what is left, before the work.
+        super().encode([], precision=precision, **kwargs)
+        given = {key: kwargs.get(key) for key in ("prompt", "prompt_name", "task", "processing_kwargs")}
+        batches = self.token_batches(inputs, batch_tokens, **given)
         if not batches:
-            return self.encode(inputs, convert_to_tensor=to_tensor, convert_to_numpy=to_numpy, **kwargs)
+            return super().encode([], convert_to_tensor=to_tensor, convert_to_numpy=to_numpy, **kwargs)
         parts = []
         with tqdm(total=len(inputs), desc="Texts", disable=not progress) as bar:
             for rows in batches:
-                vectors = self.encode(
+                vectors = super().encode(
                     [inputs[row] for row in rows],
                     batch_size=len(rows),
                     convert_to_tensor=True,
@@ -273,12 +280,20 @@ class M3BertSentenceTransformer(SentenceTransformer):
         # The ranges of int8 are those of all vectors, not of a batch.
         output: Any = vectors if precision == "float32" else quantize_embeddings(vectors, precision=precision)
         if to_numpy:
-            return output.float().numpy() if isinstance(output, torch.Tensor) else output
+            # numpy has no bfloat16.
+            output = output.float() if getattr(output, "dtype", None) == torch.bfloat16 else output
+            return output.numpy() if isinstance(output, torch.Tensor) else output
         output = torch.as_tensor(output)
         return output if to_tensor else list(output)
 
     def token_batches(
-        self, inputs: Sequence[str], batch_tokens: int, prompt: str | None = None, prompt_name: str | None = None
+        self,
+        inputs: Sequence[str],
+        batch_tokens: int,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        task: str | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
     ) -> list[list[int]]:
         """Group texts into batches of at most `batch_tokens` tokens, padding included, longest first.
 
@@ -287,6 +302,8 @@ class M3BertSentenceTransformer(SentenceTransformer):
             batch_tokens: Most tokens of a batch; a longer text is a batch by itself.
             prompt: That texts are encoded with.
             prompt_name: Its name among `prompts`.
+            task: `query` or `document`, where these have lengths of their own.
+            processing_kwargs: As `encode` takes them; `max_length` of `text` is read.
 
         Returns:
             The rows of each batch; together, every row once.
@@ -296,18 +313,17 @@ class M3BertSentenceTransformer(SentenceTransformer):
         """
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive.")
-        if not len(inputs):
-            return []
-        prefix = prompt or self.prompts.get(prompt_name or self.default_prompt_name or "") or ""
-        lengths = [
-            len(ids)
-            for ids in self.tokenizer(
-                [prefix + text for text in inputs],
-                truncation=True,
-                max_length=self.max_seq_length,
-                return_attention_mask=False,
-            )["input_ids"]
-        ]
+        if prompt is None:
+            prompt = self.prompts.get(prompt_name or self.default_prompt_name or "")
+        # The order of what cuts a text is that of the library's Transformer.
+        first: Any = self[0]
+        limit = ((processing_kwargs or {}).get("text") or {}).get("max_length")
+        limit = limit or getattr(first, f"{task}_length", None) or self.max_seq_length
+        lengths: list[int] = []
+        for start in range(0, len(inputs), 4096):
+            texts = [(prompt or "") + text for text in inputs[start : start + 4096]]
+            found = self.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)
+            lengths += [len(ids) for ids in found["input_ids"]]
         batches: list[list[int]] = []
         for row in sorted(range(len(inputs)), key=lambda row: -lengths[row]):
             if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
