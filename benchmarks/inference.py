@@ -3,12 +3,12 @@
     python benchmarks/inference.py --output inference.json --picture inference.png
 
 Base size with random weights, each case in a process of its own, through sentence-transformers' `encode` (peers on
-ONNX files: without its overhead). Texts are real (`--queries`, `--documents`: JSON lines with `query` and `document`;
-those of `examples/data` by default) and cut at 64 tokens; every model gets the same tokenizer, so that all see the same
-lengths, and the vocabulary size of its own kind. Peers, with transformers' own code: XLM-R base (the body of multilingual-e5-base), ModernBERT-base,
-mmBERT-base and mmBERT-small. bf16 means weights in bfloat16; int8 is ONNX with dynamic quantisation, on onnxruntime;
-compiled is `compile_encoder` for ours and `torch.compile(dynamic=True)` of the encoder for peers; openvino runs the
-same ONNX files on OpenVINO.
+ONNX files: without its overhead). Texts are real (`--queries`, `--documents`: JSON lines with `query` and
+`document`; those of `examples/data` by default) and cut at 64 tokens; every model gets the same tokenizer, so that
+all see the same lengths, and the vocabulary size of its own kind. Peers, with transformers' own code: XLM-R base
+(the body of multilingual-e5-base), ModernBERT-base, mmBERT-base and mmBERT-small. bf16 means weights in bfloat16;
+int8 is ONNX with dynamic quantisation, on onnxruntime; compiled is `compile_encoder` for ours and
+`torch.compile(dynamic=True)` of the encoder for peers; openvino runs the same ONNX files on OpenVINO.
 
 - docs/s: batches of 32, sorted by length by the library; the best of the repeats.
 - p50, p95: single queries, one after another.

@@ -41,9 +41,10 @@ class _FromTokens:
 def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **options: Any) -> Model:
     """Compile the layers of every m3BERT encoder within a model for inference, in place.
 
-    One graph of each piece serves all layers, exits and batches, and is kept in inductor's cache for the next process.
-    A copy of the model in another process, as for encoding in several, takes the plain path. Weights, names and what is
-    saved stay as they are; results differ from the plain path by rounding. `docs/deployment.md` has what it gains.
+    One graph of each piece serves all layers, exits and batches, and is kept in inductor's cache for the next
+    process. A copy of the model in another process, as for encoding in several, takes the plain path. Weights,
+    names and what is saved stay as they are; results differ from the plain path by rounding. `docs/deployment.md`
+    has what it gains.
 
     Args:
         model: An encoder, a model with a head, or a `SentenceTransformer`.
