@@ -3,9 +3,10 @@
     python examples/nano/prepare_pairs.py DATA/finetune/* --output runs/m3bert-nano/pairs
     python benchmarks/short_finetuning.py runs/m3bert-nano/pairs --output runs/short-finetuning
 
-Every case trains the size of m3bert-nano for the same steps on the same draw of pairs, at all its (exit, dimension),
-and is measured at one of them on the validation packages. The start is random weights or `m3bert-nano-base`. Prints
-the table, and how alike the vectors of 400 descriptions are before training. A stopped run goes on where it was.
+Every case trains the size of m3bert-nano for the same steps on the same draw of pairs, and is measured at one exit
+on the validation packages. The start is random weights or `m3bert-nano-base`. The first cases train all (exit,
+dimension) on batches of 256; the others, named "exit 2", train the first two layers alone on batches of 512. Prints
+the tables, and how alike the vectors of 400 descriptions are before training. A stopped run goes on where it was.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from m3bert_hf.whitening import whiten_embeddings
 
 BASE = Path(__file__).resolve().parent.parent / "checkpoints" / "m3bert-nano-base"
 LANGUAGE = {"batches_by": ["source", "lang"]}
+WEIGHTS = [0.5, 2.0, 1.0, 1.0]
 # Name: start, rate of the embeddings (the rest has 1e-3), and other fields of FinetuneArguments.
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "random, mixed batches": ("random", 1e-2, {}),
@@ -40,6 +42,31 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
         {**LANGUAGE, "whiten_embeddings": True, "neighbours": 4},
     ),
 }
+# The same for exit 2 alone, with whitened pretrained weights.
+SHALLOW: dict[str, tuple[str, float, dict[str, Any]]] = {
+    f"exit 2, {name}": (
+        "pretrained",
+        rate,
+        {
+            "whiten_embeddings": True,
+            "granularities": ["2:32", "2:64", "2:128", "2:192"],
+            **fields,
+        },
+    )
+    for name, rate, fields in (
+        ("mixed batches, temperature 0.05", 1e-2, {}),
+        ("one source and language", 1e-2, LANGUAGE),
+        ("temperature 0.02", 1e-2, {"contrastive_temperature": 0.02}),
+        ("temperature 0.03", 1e-2, {"contrastive_temperature": 0.03}),
+        ("weights 0.5, 2, 1, 1", 1e-2, {"granularity_weights": WEIGHTS}),
+        (
+            "weights 0.5, 2, 1, 1, temperature 0.08",
+            1e-2,
+            {"granularity_weights": WEIGHTS, "contrastive_temperature": 0.08},
+        ),
+        ("weights 0.5, 2, 1, 1, embeddings at 2e-2", 2e-2, {"granularity_weights": WEIGHTS}),
+    )
+}
 
 
 def arguments_of(case: str, start: Path, pairs: Path) -> FinetuneArguments:
@@ -51,7 +78,7 @@ def arguments_of(case: str, start: Path, pairs: Path) -> FinetuneArguments:
         query_length=24,
         document_length=48,
         max_seq_length=128,
-        **CASES[case][2],
+        **{**CASES, **SHALLOW}[case][2],
     )
 
 
@@ -68,10 +95,10 @@ def alikeness(model: Any, texts: list[str]) -> dict[str, Any]:
 
 def measure(case: str, start: Path, options: argparse.Namespace, task: Any) -> dict[str, Any]:
     """Train a case and return MRR@10 in English and the mean of the other languages."""
-    _, rate, _ = CASES[case]
+    _, rate, _ = {**CASES, **SHALLOW}[case]
     training = SentenceTransformerTrainingArguments(
         output_dir=str(options.output / "model"),
-        per_device_train_batch_size=256,
+        per_device_train_batch_size=512 if case in SHALLOW else 256,
         max_steps=options.steps,
         learning_rate=1e-3,
         learning_rate_mapping={"word_embeddings": rate},
@@ -87,12 +114,14 @@ def measure(case: str, start: Path, options: argparse.Namespace, task: Any) -> d
     model = finetune(arguments_of(case, start, options.pairs), training)
     model.max_seq_length = 64
     report = GranularityEvaluator.from_task(
-        task, exit_layers=[options.exit], truncate_dims=[options.dim], measure_speed=False
+        task, exit_layers=[options.exit], truncate_dims=options.dims, measure_speed=False
     ).evaluate(model)
-    row = report.rows[0]
     return {
-        "en": row["groups"]["en"]["mrr@10"],
-        "others": report.group_mean(row, "mrr@10", ["en"], at_least=25),
+        str(row["truncate_dim"]): {
+            "en": row["groups"]["en"]["mrr@10"],
+            "others": report.group_mean(row, "mrr@10", ["en"], at_least=25),
+        }
+        for row in report.rows
     }
 
 
@@ -103,7 +132,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/short-finetuning"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--exit", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--cases", help="only those whose name has this in it")
     options = parser.parse_args()
     random = options.output / "random"
     set_seed(0)
@@ -124,7 +154,8 @@ def main() -> None:
         arguments = arguments_of("pretrained and whitened, one source and language", BASE, options.pairs)
         whiten_embeddings(model[0].model, count_tokens(model, load_pairs(arguments, 0, 256), arguments))
         found["start"]["pretrained and whitened"] = alikeness(model, texts)
-    for case, (start, _, _) in CASES.items():
+    chosen = {case: value for case, value in {**CASES, **SHALLOW}.items() if (options.cases or "") in case}
+    for case, (start, _, _) in chosen.items():
         if case not in found:
             found[case] = measure(case, starts[start], options, task)
             print(case, found[case], flush=True)
@@ -136,9 +167,11 @@ def main() -> None:
             ", ".join(f"{e[key]:.{digits}f}" for e in exits.values()) for key, digits in (("cosine", 2), ("rank", 0))
         )
         print(f"| {name} | {cosines} | {ranks} |")
-    print("\n| case | en | others |\n| --- | ---: | ---: |")
-    for case in CASES:
-        print(f"| {case} | {found[case]['en']:.3f} | {found[case]['others']:.3f} |")
+    heads = " | ".join(f"en, {dim} dims | others, {dim} dims" for dim in options.dims)
+    print(f"\n| case | {heads} |\n| --- |" + " ---: |" * (2 * len(options.dims)))
+    for case in chosen:
+        cells = [f"{found[case][str(dim)][group]:.3f}" for dim in options.dims for group in ("en", "others")]
+        print(f"| {case} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
