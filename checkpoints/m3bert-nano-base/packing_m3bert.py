@@ -17,7 +17,7 @@ class PackedDocuments:
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
     # On a CPU, documents of this many tokens are attended to one by one, as slices without copies, padding or mask;
-    # for shorter ones the calls cost more than a group. Groups are always taken on a GPU, where each call is a launch,
+    # shorter ones share a call in groups (the number was not tuned). So do all on a GPU, where each call is a launch,
     # and where gradients are wanted, since that of a slice is as large as the row it was taken from.
     alone = 32
 
