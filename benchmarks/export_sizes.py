@@ -2,9 +2,10 @@
 
     python benchmarks/export_sizes.py FILES --languages en de ja --output export.json
 
-For each family of tokenizers (Unigram, BPE with byte fallback, WordPiece): trains one of `--vocab-size` tokens
-on texts of FILES (JSON lines with `text` and `lang`; as many tokens as they give), builds a base-size model with
-random weights around it, and exports exit 4 at 64 dimensions with the vocabulary that texts of three languages need.
+For each family of tokenizers (Unigram, BPE with byte fallback, WordPiece): trains one of `--vocab-size` tokens (as
+many as the texts give) on texts of FILES (JSON lines with `text` and `lang`) drawn over all their languages as
+`train-tokenizer` draws them, builds a base-size model with random weights around it, and exports exit 4 at 64
+dimensions with the vocabulary that texts of three languages need.
 Sizes are those of the files; memory is what loading and encoding adds to a process of its own; a sample of the same
 languages that the export has not seen shows how other text fares.
 """
@@ -16,15 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from m3bert_hf import M3BertConfig, M3BertModel, export_submodel
 from m3bert_hf.corpus import load_documents
+from m3bert_hf.text_data import sample_balanced
 from m3bert_hf.tokenizer_training import train_tokenizer
 
 
@@ -41,6 +45,19 @@ def wordpiece(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=512, **{f"{k}_token": v for k, v in names.items()}
     )
+
+
+def balanced_texts(documents: Dataset, characters: int, temperature: float) -> list[str]:
+    """Draw texts over the languages, as `train-tokenizer` does, until they have so many characters."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for text, language in zip(documents["text"], documents["language"], strict=True):
+        groups[language].append(text[:2000])
+    size = characters * len(documents) // max(sum(len(text) for texts in groups.values() for text in texts), 1)
+    drawn: list[str] = []
+    while sum(map(len, drawn)) < characters and len(drawn) < len(documents):
+        drawn = [text for _, text in sample_balanced(groups, size, temperature)]
+        size = size * 5 // 4 + 1
+    return drawn
 
 
 def loaded_memory(folder: Path) -> float:
@@ -65,17 +82,13 @@ def main() -> None:
     parser.add_argument("--languages", nargs="+", default=["en", "de", "ja"])
     parser.add_argument("--vocab-size", type=int, default=250_000)
     parser.add_argument("--characters", type=int, default=40_000_000, help="of text for the tokenizers")
+    parser.add_argument("--temperature", type=float, default=0.3, help="language balance, 1 as is, 0 equal")
     parser.add_argument("--min-count", type=int, default=1, help="least count of a token in the corpus")
     parser.add_argument("--families", nargs="+", default=["unigram", "bpe", "wordpiece"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     documents = load_documents(options.files, "text", "lang").shuffle(seed=0)
-    texts, total = [], 0
-    for text in documents["text"]:
-        texts.append(text[:2000])
-        total += len(texts[-1])
-        if total >= options.characters:
-            break
+    texts = balanced_texts(documents, options.characters, options.temperature)
     wanted = documents.filter(lambda language: language in options.languages, input_columns="language")["text"]
     lines = [line for text in wanted for line in text.split("\n") if line.strip()]
     # Nine tenths to cut by, the rest to see how other text fares.

@@ -134,6 +134,16 @@ def test_listed_tokens_and_rare_ones(families):
     assert back(often, "the fox") == tokenizer("the fox")["input_ids"]
 
 
+def test_a_word_that_is_unknown_does_not_keep_rare_tokens_of_others(families):
+    tokenizer = families["wordpiece"]
+    corpus = [*["the fox"] * 5, TEXTS[2]]
+    known = trim_vocabulary(tokenizer, corpus, min_count=2)
+    unknown = trim_vocabulary(tokenizer, [*corpus, *["the ⚙⚙"] * 5], min_count=2)
+    assert tokenizer.unk_token_id in tokenizer("the ⚙⚙")["input_ids"]
+    assert len(known.tokenizer) < len(trim_vocabulary(tokenizer, corpus).tokenizer)
+    assert len(unknown.tokenizer) == len(known.tokenizer)
+
+
 def test_bad_arguments_are_named(families):
     tokenizer = families["unigram"]
     for options, message in (

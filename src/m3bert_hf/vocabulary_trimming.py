@@ -246,17 +246,19 @@ def _used(
             counts.update(encoding.ids)
     if kind == "WordPiece" and ids.get(content["model"]["unk_token"], -1) in counts:
         prefix = content["model"]["continuing_subword_prefix"]
-        words: set[str] = set()
+        words: Counter[str] = Counter()
         for text in _normalized(tokenizer, texts):
             words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-        for word in words:
-            counts.update(_greedy(word, ids, prefix))
+        for word, times in words.items():
+            for piece in _matched_before_unknown(word, ids, prefix):
+                counts[piece] += times
     return counts
 
 
-def _greedy(word: str, ids: dict[str, int], prefix: str) -> list[int]:
-    """Return the pieces that WordPiece matches from the left, up to where none fits."""
-    found, start = [], 0
+def _matched_before_unknown(word: str, ids: dict[str, int], prefix: str) -> list[int]:
+    """Return the pieces that WordPiece matches from the left of a word until none fits; none for a word it knows."""
+    found: list[int] = []
+    start = 0
     while start < len(word):
         for end in range(len(word), start, -1):
             piece = (prefix if start else "") + word[start:end]
@@ -265,8 +267,8 @@ def _greedy(word: str, ids: dict[str, int], prefix: str) -> list[int]:
                 start = end
                 break
         else:
-            break
-    return found
+            return found
+    return []
 
 
 def _always(content: dict, kind: str, tokens: dict[int, str], ids: dict[str, int], characters: set[str]) -> set[int]:
