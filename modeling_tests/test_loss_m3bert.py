@@ -20,7 +20,7 @@ from m3bert_hf.loss_m3bert import (
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of classes and several chunks of rows, of uneven sizes, in every test."""
-    monkeypatch.setattr(loss_m3bert, "_CLASSES_PER_BLOCK", 32)
+    monkeypatch.setattr(loss_m3bert, "_CPU_COLUMN", 32 * 8)
     monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 101 * 4)
 
 
@@ -84,7 +84,7 @@ def test_equals_the_dense_float64_reference(
         label_smoothing=smoothing, distillation_weight=distillation, z_loss_weight=z_loss, backend="torch"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_m3bert, "_CLASSES_PER_BLOCK", 32)
+        patch.setattr(loss_m3bert, "_CPU_COLUMN", 32 * dtype.itemsize)
         patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
         loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
     grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])
@@ -179,6 +179,20 @@ def test_no_tensor_of_tokens_by_classes_is_made(monkeypatch):
         linear_cross_entropy(features, weight, bias, rows)[0].backward()
         largest.append(max(sizes))
     assert set(largest) == {16 * 200}
+
+
+@given(rows=st.integers(0, 2000), chunk=st.integers(2, 20))
+def test_chunks_cover_the_rows_and_no_pass_is_spent_on_a_few(rows, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_m3bert, "_CPU_CHUNK", chunk * 16 * 10 * 4)
+        decoder = loss_m3bert._Decoder(torch.zeros(10, 2), torch.zeros(10), torch.float32, loss_m3bert.exponentiate)
+    parts = decoder.chunks(rows)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
+    sizes = [part.stop - part.start for part in parts]
+    # As few passes over the decoder as can be, none of them for a few rows beside full chunks.
+    assert len(sizes) == -(-rows // (chunk * 16)) and max(sizes, default=0) <= chunk * 16
+    assert len(sizes) < 2 or min(sizes) >= chunk * 4 or max(sizes) - min(sizes) <= 32
+    assert all(part.start % 16 == 0 for part in parts)
 
 
 def test_going_backward_twice_is_refused_and_without_gradients_nothing_is_kept():
