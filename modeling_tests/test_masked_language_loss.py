@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TEXTS, tiny_config
@@ -56,6 +59,33 @@ def test_the_encoder_is_shared_and_the_head_learns(tokenizer, tied, tmp_path):
     assert all(p.grad is not None for p in (encoder.layers[0].mlp.up_proj.weight, masked.masked_lm.head.dense.weight))
 
 
+def test_untied_the_decoder_begins_as_the_pretrained_one_and_parts_from_the_embeddings(tied):
+    model = build_sentence_transformer(tied)
+    embeddings = model.transformers_model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        embeddings.mul_(2.0)  # as contrastive training moves them
+    pretrained = M3BertForMaskedLM.from_pretrained(tied)
+    assert pretrained.config.tie_word_embeddings
+    expected = pretrained.decoder.weight.detach().clone()
+    masked = MaskedLanguageLoss(model, pretrained, untie=True)
+    decoder = masked.masked_lm.decoder.weight
+    assert torch.equal(decoder, expected) and not torch.equal(decoder, embeddings)
+    masked([model.preprocess(TEXTS)]).backward()
+    assert decoder.grad is not None and embeddings.grad is not None and "decoder.weight" in masked.head_state()
+
+
+def test_the_weight_scales_the_loss(checkpoint, masked):
+    features, values = masked.model.preprocess(TEXTS[:4]), []
+    for weight in (1.0, 0.25):
+        loss = MaskedLanguageLoss(masked.model, M3BertForMaskedLM.from_pretrained(checkpoint), weight=weight)
+        loss.masked_lm.loss_options.stochastic_granularities = None
+        torch.manual_seed(0)
+        values.append(loss([features]).item())
+    assert values[1] == pytest.approx(0.25 * values[0])
+    with pytest.raises(ValueError, match="weight=0 must be above 0"):
+        MaskedLanguageLoss(masked.model, M3BertForMaskedLM.from_pretrained(checkpoint), weight=0)
+
+
 def test_granularities_are_drawn_in_training_and_mixed_precision_is_used(masked, monkeypatch):
     import m3bert_hf.loss_m3bert as loss_module
 
@@ -95,6 +125,65 @@ def test_fine_tuned_along_and_loaded_three_ways(checkpoint, pairs, tmp_path):
     expected = model.encode(TEXTS, exit_layer=3, truncate_dim=8)
     assert (again.encode(TEXTS, exit_layer=3, truncate_dim=8) == expected).all()
     assert torch.equal(after.model.layers[0].mlp.up_proj.weight, again[0].model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.fixture
+def tied(tokenizer, tmp_path):
+    path = tmp_path / "tied"
+    M3BertForMaskedLM(tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=True)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_masked_files_and_an_untied_decoder_survive_saving(tied, pairs, tmp_path, monkeypatch):
+    import m3bert_hf.finetuning as finetuning
+
+    file, held_out, seen = tmp_path / "texts.jsonl", tmp_path / "held-out.jsonl", []
+    long = [" ".join([text] * 3) for text in TEXTS]
+    rows = [{"text": f"too short\n{text}", "lang": str(number)} for number, text in enumerate(long)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    held_out.write_text(json.dumps({"query": "never asked", "document": long[0]}), encoding="utf-8")
+    make = finetuning._masked_texts
+    monkeypatch.setattr(finetuning, "_masked_texts", lambda *a: seen.append(make(*a)) or seen[-1])
+    arguments = FinetuneArguments(
+        str(tied),
+        [str(pairs)],
+        exclude_files=[str(held_out)],
+        masked_language_model=str(tied),
+        masked_language_share=0.5,
+        masked_language_files=[str(file)],
+        masked_language_untied=True,
+        document_length=40,
+    )
+    finetune(arguments, training(tmp_path, max_steps=6))
+    assert set(seen[0]["document"]) == set(long[1:])
+    before, after = (AutoModelForMaskedLM.from_pretrained(path) for path in (tied, tmp_path / "out"))
+    assert before.config.tie_word_embeddings and not after.config.tie_word_embeddings
+    assert not torch.equal(after.decoder.weight, after.model.embeddings.word_embeddings.weight)
+    assert not torch.equal(after.decoder.weight, before.decoder.weight)
+    again = SentenceTransformer(str(tmp_path / "out"))
+    assert torch.equal(again[0].model.embeddings.word_embeddings.weight, after.model.embeddings.word_embeddings.weight)
+    file.write_text(json.dumps({"text": "short", "lang": "en"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="no paragraph of 8 words"):
+        finetune(arguments, training(tmp_path / "other"))
+    with pytest.raises(ValueError, match="nothing without masked_language_model"):
+        finetune(replace(arguments, masked_language_model=None), training(tmp_path / "third"))
+
+
+def test_a_resumed_run_has_the_same_untied_head_and_a_tied_one_is_refused(tied, pairs, tmp_path):
+    options = {"masked_language_model": str(tied), "masked_language_share": 0.5, "document_length": 40}
+    arguments = FinetuneArguments(str(tied), [str(pairs)], masked_language_untied=True, **options)
+    finetune(arguments, training(tmp_path / "whole", max_steps=6, save_steps=3))
+    target = tmp_path / "resumed/out/checkpoint-3"
+    target.parent.mkdir(parents=True)
+    (tmp_path / "whole/out/checkpoint-3").rename(target)
+    again = training(tmp_path / "resumed", max_steps=6, save_steps=3, resume_from_checkpoint="auto")
+    with pytest.raises(ValueError, match=r"do not share \['decoder.weight'\]"):
+        finetune(replace(arguments, masked_language_untied=False), again)
+    finetune(arguments, again)
+    whole, resumed = (M3BertForMaskedLM.from_pretrained(tmp_path / name / "out") for name in ("whole", "resumed"))
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6), name
 
 
 def test_a_resumed_run_has_the_same_head(checkpoint, pairs, tmp_path):

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import mine_hard_negatives
 from transformers import AutoConfig
 
+from .corpus import load_documents
 from .masked_language_loss import MaskedLanguageLoss, SaveMaskedLanguageHead
 from .modeling_m3bert import M3BertForMaskedLM
 from .multigranular_loss import MultigranularLoss
@@ -92,6 +93,18 @@ class FinetuneArguments:
         },
     )
     masked_language_share: float = field(default=0.25, metadata={"help": "Share of the batches that are masked text."})
+    masked_language_files: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files of text to mask, with a column `text` and perhaps `lang`, by paragraphs cut at "
+            "document_length, drawn over languages by `temperature`; the documents of the pairs by default."
+        },
+    )
+    masked_language_weight: float = field(default=1.0, metadata={"help": "Weight of a masked batch's loss."})
+    masked_language_untied: bool = field(
+        default=False,
+        metadata={"help": "Give the head a decoder of its own where the pretrained one is tied to the embeddings."},
+    )
     # The lengths, temperature and pooling of the authors' fine-tuning on clicks (arXiv 2605.19568).
     query_length: int = field(default=16, metadata={"help": "Tokens of a query."})
     document_length: int = field(default=64, metadata={"help": "Tokens of a document."})
@@ -159,10 +172,7 @@ def load_pairs(arguments: FinetuneArguments, seed: int, batch_size: int = 1) -> 
         ValueError: If no pair is left, a row lacks a text or has an empty one, or rows differ in their number of
             negatives.
     """
-    held_out: set[str] = set()
-    evaluation = [*arguments.exclude_files, *filter(None, (arguments.eval_queries, arguments.eval_documents))]
-    for rows in group_rows(evaluation).values():
-        held_out.update(row[key] for row in rows for key in ("query", "document") if key in row)
+    held_out = _held_out(arguments)
     groups = group_rows(arguments.train_files, by=("lang", "source"))
     for rows in groups.values():
         for row in rows:
@@ -188,6 +198,13 @@ def load_pairs(arguments: FinetuneArguments, seed: int, batch_size: int = 1) -> 
         return _columns(drawn)
     parts = _batch_groups(drawn, arguments.batches_by, batch_size)
     return DatasetDict({name: _columns(rows) for name, rows in parts.items()})
+
+
+def _held_out(arguments: FinetuneArguments) -> set[str]:
+    """Return the queries and documents of all evaluation files."""
+    evaluation = [*arguments.exclude_files, *filter(None, (arguments.eval_queries, arguments.eval_documents))]
+    rows = (row for group in group_rows(evaluation).values() for row in group)
+    return {row[key] for row in rows for key in ("query", "document") if key in row}
 
 
 def _columns(rows: list[dict[str, Any]]) -> Dataset:
@@ -304,13 +321,18 @@ def finetune(
         training.batch_sampler = partial(NeighbourBatchSampler, neighbours=arguments.neighbours)
     masked = callback = None
     losses: Any = loss
+    if not arguments.masked_language_model and (arguments.masked_language_files or arguments.masked_language_untied):
+        raise ValueError(
+            "masked_language_files and masked_language_untied do nothing without masked_language_model: name the "
+            "checkpoint whose head is to be trained along."
+        )
     if arguments.masked_language_model:
         masked = _masked_language_loss(model, arguments, training)
         callback = SaveMaskedLanguageHead(masked)
         pairs = pairs if isinstance(pairs, DatasetDict) else DatasetDict(pairs=pairs)
         losses = {**dict.fromkeys(pairs, loss), MASKED_TEXTS: masked}
         training.router_mapping = {**dict.fromkeys(pairs, routes), MASKED_TEXTS: {"document": "document"}}
-        pairs[MASKED_TEXTS] = _masked_texts(pairs, arguments.masked_language_share, training.seed)
+        pairs[MASKED_TEXTS] = _masked_texts(pairs, arguments, training.seed)
     asked = arguments.eval_queries or arguments.eval_documents
     evaluator = _evaluator(arguments, granularities, training) if asked else None
     trainer = SentenceTransformerTrainer(
@@ -359,16 +381,53 @@ def _masked_language_loss(
         raise ValueError(f"masked_language_share={arguments.masked_language_share} must be between 0 and 1.")
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     head = M3BertForMaskedLM.from_pretrained(arguments.masked_language_model)
-    return MaskedLanguageLoss(model, head, autocast_dtype=dtype)
+    return MaskedLanguageLoss(
+        model,
+        head,
+        autocast_dtype=dtype,
+        weight=arguments.masked_language_weight,
+        untie=arguments.masked_language_untied,
+    )
 
 
-def _masked_texts(pairs: DatasetDict, share: float, seed: int) -> Dataset:
-    """Draw documents of the pairs such that they make up `share` of all batches."""
-    texts = sorted({text for part in pairs.values() for text in part["document"]})
-    generator = random.Random(seed)
-    generator.shuffle(texts)
-    wanted = round(sum(map(len, pairs.values())) * share / (1 - share))
-    return Dataset.from_dict({"document": [texts[index % len(texts)] for index in range(max(wanted, 1))]})
+def _masked_texts(pairs: DatasetDict, arguments: FinetuneArguments, seed: int) -> Dataset:
+    """Draw texts such that they make up `masked_language_share` of all batches; none that an evaluation file holds.
+
+    Raises:
+        ValueError: If `masked_language_files` have no paragraph of 8 words or 20 characters.
+    """
+    share = arguments.masked_language_share
+    wanted = max(round(sum(map(len, pairs.values())) * share / (1 - share)), 1)
+    if arguments.masked_language_files:
+        documents, held_out = load_documents(arguments.masked_language_files), _held_out(arguments)
+        places: dict[str, list[int]] = {}
+        for place, language in enumerate(documents["language"]):
+            places.setdefault(language, []).append(place)
+        # As many documents as texts at most, whatever the size of the files.
+        drawn = sorted(place for _, place in sample_balanced(places, wanted, arguments.temperature, seed))
+        groups: dict[str, list[str]] = {}
+        for row in documents.select(drawn):
+            paragraphs = (line.strip() for line in row["text"].split("\n"))
+            groups.setdefault(row["language"], []).extend(
+                paragraph for paragraph in paragraphs if _has_context(paragraph) and paragraph not in held_out
+            )
+        texts = [text for _, text in sample_balanced(groups, wanted, arguments.temperature, seed)]
+        if not texts:
+            raise ValueError(
+                f"masked_language_files={arguments.masked_language_files} have no paragraph of 8 words, or 20 "
+                "characters where words are not separated: name files of running text, or none to mask the pairs' "
+                "documents."
+            )
+    else:
+        texts = sorted({text for part in pairs.values() for text in part["document"]})
+        random.Random(seed).shuffle(texts)
+    return Dataset.from_dict({"document": [texts[index % len(texts)] for index in range(wanted)]})
+
+
+def _has_context(paragraph: str) -> bool:
+    """Whether a masked word of a text has words around it; scripts without spaces are counted by characters."""
+    words = paragraph.count(" ") + 1
+    return words >= 8 or (len(paragraph) >= 20 and len(paragraph) / words > 10)
 
 
 def count_tokens(

@@ -30,11 +30,15 @@ class MaskedLanguageLoss(nn.Module):
         masked_lm: Where the head comes from; its encoder is replaced by the model's.
         mask_ratio: Share of the tokens to predict.
         options: Of the loss; by default, each token is scored at two granularities drawn at random.
+        weight: Of this loss against the contrastive one, whose batches share the optimizer: both are sums over all
+            granularities, but the terms of this one are an order of magnitude above InfoNCE's.
+        untie: Give the model a decoder of its own, which begins as `masked_lm`'s. Contrastive training moves the
+            embeddings far from what a tied decoder can read; the checkpoint grows by another matrix of their size.
         autocast_dtype: Of autocast; `None` computes in the weights' type. The Trainer's own mixed precision is part of
             the model that it trains, whose encoder is called directly here.
 
     Raises:
-        ValueError: If the head does not fit the model.
+        ValueError: If the head does not fit the model, or the weight is not above 0.
     """
 
     def __init__(
@@ -44,14 +48,23 @@ class MaskedLanguageLoss(nn.Module):
         mask_ratio: float = 0.2,
         options: MLMLossOptions | None = None,
         autocast_dtype: torch.dtype | None = None,
+        weight: float = 1.0,
+        untie: bool = False,
     ):
         super().__init__()
         encoder: Any = model.transformers_model
+        if not weight > 0:
+            raise ValueError(f"weight={weight} must be above 0.")
         for name in ("hidden_size", "vocab_size", "tie_word_embeddings"):
             ours, theirs = getattr(encoder.config, name), getattr(masked_lm.config, name)
-            if ours != theirs:
-                raise ValueError(f"The masked-language head has {name}={theirs}, the model {ours}.")
+            if ours != theirs and not (untie and name == "tie_word_embeddings"):
+                remedy = "Untie it." if name == "tie_word_embeddings" else "Take the head that the model had."
+                raise ValueError(f"The masked-language head has {name}={theirs}, the model {ours}. {remedy}")
+        if untie:
+            masked_lm.decoder.weight = nn.Parameter(masked_lm.decoder.weight.detach().clone())
+            masked_lm.config.tie_word_embeddings = encoder.config.tie_word_embeddings = False
         self.model = model
+        self.weight = weight
         masked_lm.model = encoder
         masked_lm.config = encoder.config
         masked_lm.tie_weights()
@@ -65,7 +78,7 @@ class MaskedLanguageLoss(nn.Module):
         self.mask = M3BertDataCollator(model.tokenizer, mask_ratio).mask
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Mask each column's texts and return the sum of their losses (a scalar).
+        """Mask each column's texts and return the weighted sum of their losses (a scalar).
 
         Args:
             sentence_features: Preprocessed texts of each column.
@@ -88,7 +101,7 @@ class MaskedLanguageLoss(nn.Module):
                     labels=torch.from_numpy(targets).to(ids.device),
                 )
             total = total + output.loss
-        return total
+        return self.weight * total
 
     def head_state(self) -> dict[str, Tensor]:
         """Return the weights that the encoder does not hold, by their names in `M3BertForMaskedLM`."""
@@ -130,11 +143,13 @@ class SaveMaskedLanguageHead(TrainerCallback):
 
         Raises:
             FileNotFoundError: If the checkpoint has none.
-            ValueError: If the head is another one.
+            ValueError: If the head is another one, such as one with a decoder of its own.
         """
-        missing = self.loss.masked_lm.load_state_dict(load_file(Path(checkpoint) / HEAD_FILE), strict=False)
-        if missing.unexpected_keys:
-            raise ValueError(f"{checkpoint} has weights that the head does not: {missing.unexpected_keys}.")
+        state = load_file(Path(checkpoint) / HEAD_FILE)
+        different = sorted(set(state) ^ set(self.loss.head_state()))
+        if different:
+            raise ValueError(f"{checkpoint} has another head than this run: they do not share {different}.")
+        self.loss.masked_lm.load_state_dict(state, strict=False)
 
 
 __all__ = ["MaskedLanguageLoss", "SaveMaskedLanguageHead"]
