@@ -32,24 +32,24 @@ def test_half_precision_on_disk_is_float32_in_memory_and_every_class_reads_one_e
     assert model.dtype == masked.dtype == torch.float32
     for (key, one), two in zip(model.state_dict().items(), masked.model.state_dict().values(), strict=True):
         assert torch.equal(one, two), key
-    assert torch.equal(
-        build_sentence_transformer(path).transformers_model.embeddings.word_embeddings.weight,
-        masked.decoder.weight,
-    )
+    embeddings = build_sentence_transformer(path).transformers_model.embeddings.word_embeddings.weight
+    assert torch.equal(embeddings, masked.model.embeddings.word_embeddings.weight)
+    assert torch.equal(embeddings, masked.decoder.weight) == masked.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "text, word",
     [
-        ("the file is saved in the <mask> directory.", "current"),
+        ("returns the <mask> of the string.", "value"),
         ("cette fonction retourne la <mask> de la chaîne.", "valeur"),
         ("diese Funktion gibt den <mask> zurück.", "wert"),
         ("esta función devuelve el <mask> de la variable.", "valor"),
         ("значение по <mask>", "умолчанию"),
     ],
 )
-def test_words_are_filled_in(text, word):
-    fill = pipeline("fill-mask", model=str(CHECKPOINTS / "m3bert-nano-base"))
+def test_words_are_filled_in(name, text, word):
+    fill = pipeline("fill-mask", model=str(CHECKPOINTS / name))
     assert word in [found["token_str"] for found in fill(text, top_k=3)]
 
 

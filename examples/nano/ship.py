@@ -1,6 +1,6 @@
 """Write a checkpoint that ships: half the bytes on disk, float32 once loaded, the head if there is one.
 
-python examples/nano/ship.py runs/m3bert-nano/finetuned --output checkpoints/m3bert-nano
+python examples/nano/ship.py runs/m3bert-nano/interpolated --output checkpoints/m3bert-nano
 python examples/nano/ship.py runs/m3bert-nano/stage3 --output checkpoints/m3bert-nano-base
 """
 
@@ -17,6 +17,17 @@ from m3bert_hf import build_sentence_transformer
 TEXTS = ["convert images on the command line", "Bilder umwandeln", "画像を変換する", "convertir des images"]
 
 
+def save_tokenizer(source: str, output: Path) -> None:
+    """Save the tokenizer without the lengths of its last training batch, as compact JSON."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(output)
+    file = output / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
 def main() -> None:
     """Save in float16, and check that the vectors are those of the source."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,7 +39,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(options.source)
     if (Path(options.source) / "modules.json").exists():
         model.save(str(options.output))
-    AutoTokenizer.from_pretrained(options.source).save_pretrained(options.output)
+    save_tokenizer(options.source, options.output)
     head = "M3BertForMaskedLM" in (config.architectures or [])
     kind = AutoModelForMaskedLM if head else AutoModel
     kind.from_pretrained(options.source).half().save_pretrained(options.output)
