@@ -1,4 +1,5 @@
 import importlib.util
+import platform
 import shutil
 
 import pytest
@@ -20,7 +21,7 @@ from m3bert_hf.loss_m3bert import (
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of classes and several chunks of rows, of uneven sizes, in every test."""
-    monkeypatch.setattr(loss_m3bert, "_CPU_COLUMN", 32 * 8)
+    monkeypatch.setattr(loss_m3bert, "_CPU_COLUMN", 32)
     monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 101 * 4)
 
 
@@ -84,7 +85,7 @@ def test_equals_the_dense_float64_reference(
         label_smoothing=smoothing, distillation_weight=distillation, z_loss_weight=z_loss, backend="torch"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_m3bert, "_CPU_COLUMN", 32 * dtype.itemsize)
+        patch.setattr(loss_m3bert, "_CPU_COLUMN", 32)
         patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
         loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
     grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])
@@ -401,3 +402,21 @@ def test_bad_options_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         model.loss_options = MLMLossOptions(**fields)
         model(ids, mask, labels=labels)
+
+
+def test_the_library_that_multiplies_and_the_state_of_the_generator_do_not_matter(monkeypatch):
+    features, weight, bias, rows = problem(2, [70, 20], [8, 4], 101)
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("only one library multiplies here")
+    loss_m3bert._onednn_product.cache_clear()
+    state, results = torch.get_rng_state(), []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(loss_m3bert, "_onednn_product", lambda: False)
+        loss, *_ = linear_cross_entropy(features, weight, bias, rows)
+        results.append([loss, *torch.autograd.grad(loss, [*features, weight, bias])])
+        if not plain:
+            assert loss_m3bert._onednn_product.cache_info().currsize == 1 and loss_m3bert._onednn_product()
+    assert torch.equal(torch.get_rng_state(), state)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

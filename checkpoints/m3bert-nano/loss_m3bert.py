@@ -11,6 +11,7 @@ products in place of four. Measured at base size on a CPU, this beats recomputin
 import functools
 import importlib.util
 import math
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,9 +28,9 @@ IGNORE_INDEX = -100
 # enough for matrix products to run at three quarters of their full rate; on a GPU a product needs more rows for it.
 _CPU_CHUNK = 121_000_000
 _GPU_CHUNK = 2**28
-# A block of classes, whose logits are written, exponentiated and summed before the next ones are touched: on a CPU in
-# bytes of logits and of one column of them, so that they fit into a cache, on a GPU in logits and classes.
-_CPU_BLOCK, _CPU_COLUMN = 2**22, 2**14
+# A block of classes, whose logits are written, exponentiated and summed before the next ones are touched: at most so
+# much of logits (on a CPU bytes, which fit into a cache; on a GPU numbers) and so many classes.
+_CPU_BLOCK, _CPU_COLUMN = 2**22, 2**13
 _GPU_BLOCK, _GPU_COLUMN = 2**25, 2**15
 # MKL and cuBLAS lose up to a third of their speed on rows that are not aligned.
 _ALIGNMENT = 16
@@ -167,7 +168,7 @@ class _Decoder:
         gpu = weight.device.type == "cuda"
         self.block_size, self.most_classes = _GPU_BLOCK, _GPU_COLUMN
         if not gpu:
-            self.block_size, self.most_classes = _CPU_BLOCK // dtype.itemsize, _CPU_COLUMN // dtype.itemsize
+            self.block_size, self.most_classes = _CPU_BLOCK // dtype.itemsize, _CPU_COLUMN
         # Memory that is used again and again stays in the cache.
         self._scratch = self._cast = self._product = torch.empty(0)
         rows = (_GPU_CHUNK if gpu else _CPU_CHUNK) // (max(self.classes, 1) * dtype.itemsize)
@@ -198,6 +199,15 @@ class _Decoder:
             self._cast = torch.empty(block.numel(), dtype=self.dtype, device=block.device)
         return self._cast[: block.numel()].view(block.shape).copy_(block)[:, :width]
 
+    def logits(self, x: torch.Tensor, start: int, end: int, out: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a block without its bias [classes, rows]: `out`, or memory of their own."""
+        block = self.block(start, end, x.shape[1])
+        plain = block.dtype != torch.float32 or block.device.type != "cpu" or not block.is_contiguous()
+        if not plain and torch.backends.mkldnn.enabled and _onednn_product():
+            # oneDNN does not copy the block, which is the larger factor, before it multiplies; MKL does.
+            return torch.ops.mkldnn._linear_pointwise(block, x, None, "none", [], "")
+        return torch.mm(block, x.T, out=out)
+
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Return `left @ right` in memory that is used again and again."""
         size = left.shape[0] * right.shape[1]
@@ -218,6 +228,23 @@ class _Decoder:
         """Return room for the exponentials of the largest chunk."""
         largest = max((part.stop - part.start for count in rows for part in self.chunks(count)), default=0)
         return self.weight.new_empty(_aligned(largest) * self.classes, dtype=self.dtype)
+
+
+@functools.cache
+def _onednn_product() -> bool:
+    """Whether torch has the product of oneDNN that inductor calls, and it computes one here.
+
+    Measured on an AMD processor; on other architectures than x86-64 it would run on other libraries.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    # No random numbers: a draw here would shift those of the run.
+    left, right = (torch.arange(3.0 * n, dtype=torch.float32, device="cpu").view(n, 3) for n in (5, 4))
+    try:
+        product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return torch.equal(product, left @ right.T)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 @dataclass
@@ -255,7 +282,7 @@ def _column_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def exponentiate(
-    wide: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    wide: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, product: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add the bias to a block of logits and replace them by `exp(logit - largest of the row)`, in place.
 
@@ -265,11 +292,13 @@ def exponentiate(
         wide: Product of a block of the decoder with the features [classes, rows], float32 or float64.
         bias: [classes].
         target: A class of each row, counted within the block [rows].
+        product: Where the product is, if it is not in `wide`, which is then only written.
 
     Returns:
         Largest logit, sum of the exponentials, and logit of `target` [rows]; logits in base 2.
     """
-    torch.add(bias.to(wide.dtype)[:, None] * _LOG2_E, wide, alpha=_LOG2_E, out=wide)
+    product = wide if product is None else product
+    torch.add(bias.to(wide.dtype)[:, None] * _LOG2_E, product, alpha=_LOG2_E, out=wide)
     value = wide.gather(0, target[None])[0]
     largest = _column_max(wide)
     wide.sub_(largest).exp2_()
@@ -289,14 +318,15 @@ def _choose_exponentiate(backend: str, device: torch.device) -> Callable:
 
 def _score(decoder: _Decoder, x: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor | None) -> _Scores:
     """Compute the logits of a chunk of features [rows, width]; without a buffer, no exponentials are kept."""
-    rows, width = x.shape
+    rows = x.shape[0]
     largest, sums, label = [], [], x.new_zeros(rows, dtype=decoder.exact)
     for start, end in decoder.blocks(rows):
         out = x.new_empty(end - start, rows) if buffer is None else _view(buffer, start, end, rows)
-        torch.mm(decoder.block(start, end, width), x.T, out=out)
+        product = decoder.logits(x, start, end, out)
         inside = (targets - start).clamp(0, end - start - 1)
         wide = decoder.widened(out)
-        top, total, value = decoder.exponentiate(wide, decoder.bias[start:end], inside)
+        apart = {} if product is out else {"product": product}
+        top, total, value = decoder.exponentiate(wide, decoder.bias[start:end], inside, **apart)
         if buffer is not None and wide is not out:
             out.copy_(wide)
         label = torch.where(targets - start == inside, value, label)
