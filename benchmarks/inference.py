@@ -7,8 +7,9 @@ ONNX files: without its overhead). Texts are real (`--queries`, `--documents`: J
 `document`; those of `examples/data` by default) and cut at 64 tokens; every model gets the same tokenizer, so that
 all see the same lengths, and the vocabulary size of its own kind. Peers, with transformers' own code: XLM-R base
 (the body of multilingual-e5-base), ModernBERT-base, mmBERT-base and mmBERT-small. bf16 means weights in bfloat16;
-int8 is ONNX with dynamic quantisation, on onnxruntime; compiled is `compile_encoder` for ours and
-`torch.compile(dynamic=True)` of the encoder for peers; openvino runs the same ONNX files on OpenVINO.
+int8 is ONNX with dynamic quantisation, on onnxruntime; prepacked is `prepack_weights`, for ours alone; compiled is
+`compile_encoder` for ours and `torch.compile(dynamic=True)` of the encoder for peers; openvino runs the same ONNX
+files on OpenVINO.
 
 - docs/s: batches of 32, sorted by length by the library; the best of the repeats.
 - p50, p95: single queries, one after another.
@@ -49,8 +50,18 @@ PEERS = {
     ),
 }
 OURS = ("exit 4", "exit 8", "exit 12", "exported (4, 64), 32k vocabulary")
-KINDS = ("float32", "bf16", "int8", "float32 compiled", "bf16 compiled", "bf16 openvino", "int8 openvino")
-CASES = [(name, kind) for name in (*OURS, *PEERS) for kind in KINDS]
+KINDS = (
+    "float32",
+    "bf16",
+    "int8",
+    "float32 prepacked",
+    "bf16 prepacked",
+    "float32 compiled",
+    "bf16 compiled",
+    "bf16 openvino",
+    "int8 openvino",
+)
+CASES = [(n, k) for n in (*OURS, *PEERS) for k in KINDS if n in OURS or not k.endswith("prepacked")]
 
 
 def read_texts(file: Path, key: str, count: int) -> list[str]:
@@ -115,6 +126,7 @@ def load(name: str, kind: str, folder: Path) -> Any:
     from m3bert_hf import build_sentence_transformer
     from m3bert_hf.compilation import compile_encoder
     from m3bert_hf.onnx_export import load_onnx
+    from m3bert_hf.prepacking import prepack_weights
 
     if on_onnx(kind) and name not in PEERS:
         file = json.loads((folder / "file.json").read_text())
@@ -132,6 +144,8 @@ def load(name: str, kind: str, folder: Path) -> Any:
     exit_layer = 4 if name.startswith("exported") else int(name.split()[1])
     width = 64 if name.startswith("exported") else None
     model = build_sentence_transformer(str(folder), exit_layer, width, device="cpu", **options)
+    if kind.endswith("prepacked"):
+        return prepack_weights(model)
     return compile_encoder(model) if compiled else model
 
 
@@ -275,7 +289,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(names) + 1.4), sharey=True, layout="constrained")
-    colors = plt.get_cmap("viridis")([0.1, 0.5, 0.85, 0.3, 0.7, 0.6, 0.95])
+    colors = plt.get_cmap("viridis")([0.95 * place / len(kinds) for place in range(1, len(kinds) + 1)])
     labels = (("documents_per_second", "documents per second"), ("query_p50_ms", "single query, p50 (ms)"))
     for axis, (key, label) in zip(axes, labels, strict=True):
         for index, kind in enumerate(kinds):

@@ -35,6 +35,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from m3bert_hf import build_sentence_transformer
+from m3bert_hf.prepacking import prepack_weights
 
 
 @dataclass
@@ -361,6 +362,11 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     model = build_sentence_transformer(options.model, options.exit_layer, max_seq_length=options.max_seq_length)
+    if model.device.type == "cpu":
+        try:
+            prepack_weights(model)
+        except (RuntimeError, ValueError) as error:
+            print(error, flush=True)
     limits = Limits(**{name: getattr(options, name) for name in vars(Limits())})
     app = make_app(model, Path(options.model).name, limits)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=30)

@@ -56,12 +56,15 @@ def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **o
         The same model.
 
     Raises:
-        ValueError: If the model holds no m3BERT encoder.
+        ValueError: If the model holds no m3BERT encoder, or its weights are prepacked by `prepack_weights`.
         RuntimeError: If compilation fails, as it does on a CPU without a C++ compiler; the model is then as before.
     """
     encoders = [module for module in model.modules() if isinstance(module, M3BertModel)]
     if not encoders:
         raise ValueError(f"{type(model).__name__} holds no m3BERT encoder to compile.")
+    for encoder in encoders:
+        if any(not isinstance(vars(layer).get("feed_forward"), _FromTokens | None) for layer in encoder.layers):
+            raise ValueError("The weights are prepacked, which takes the same places: undo_prepacking(model) first.")
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         # Otherwise all models of a process share the eight graphs that dynamo makes of a function before it gives up.
         options.setdefault("isolate_recompiles", True)
@@ -73,6 +76,10 @@ def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **o
         layer: Any
         for layer in encoder.layers:
             attention, first = layer.self_attn, layer.input_layernorm
+            if not isinstance(vars(layer).get("feed_forward"), _FromTokens | None):
+                raise ValueError(
+                    "The weights are prepacked, which takes the same places: undo_prepacking(model) first."
+                )
             # The other norm is part of the feed-forward's graph.
             for module, name, plain, compiled in (
                 (layer, "feed_forward", M3BertLayer.feed_forward, feed_forward),
