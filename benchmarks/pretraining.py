@@ -120,7 +120,7 @@ def product_seconds(work: Callable[[], None]) -> float:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=activities) as profiler:
         work()
-    names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+    names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
     averages = [event for event in profiler.key_averages() if event.key in names]
     return (
         sum((e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total) for e in averages) / 1e6
@@ -240,6 +240,10 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _drawn(result: dict, shape: tuple[int, int], dtype: str) -> bool:
+    return (result["batch"], result["tokens"], result["dtype"], result["kept"]) == (*shape, dtype, False)
+
+
 def draw(results: list[dict], picture: Path) -> None:
     """Draw step times as bars, a panel for each shape."""
     import matplotlib
@@ -253,21 +257,13 @@ def draw(results: list[dict], picture: Path) -> None:
     for axis, shape in zip(axes[0], shapes, strict=True):
         cases = [c for c in CASES if any(r["case"] == c for r in results)]
         for offset, dtype in enumerate(dtypes):
-            values = [
-                next(
-                    (
-                        r.get("step_seconds", 0.0)
-                        for r in results
-                        if (r["batch"], r["tokens"], r["kept"]) == (*shape, False)
-                        and (r["case"], r["dtype"]) == (c, dtype)
-                    ),
-                    0.0,
-                )
-                for c in cases
-            ]
+            found = {r["case"]: r for r in results if _drawn(r, shape, dtype)}
+            values = [found.get(case, {}).get("step_seconds", 0.0) for case in cases]
+            # A case that is not among the results was not run; one without a time was, and had no room.
+            labels = [f"{v:.1f}" if v else "does not fit" * (c in found) for c, v in zip(cases, values, strict=True)]
             places = [i + (offset - 0.5) * 0.38 for i in range(len(cases))]
             bars = axis.barh(places, values, height=0.36, label=dtype)
-            axis.bar_label(bars, [f"{v:.1f}" if v else "does not fit" for v in values], padding=2, fontsize=7)
+            axis.bar_label(bars, labels, padding=2, fontsize=7)
         axis.set_yticks(range(len(cases)), cases)
         axis.invert_yaxis()
         axis.margins(x=0.15)
