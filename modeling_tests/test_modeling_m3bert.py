@@ -11,6 +11,7 @@ from conftest import tiny_batch, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AttentionInterface, AutoModel
 
 from m3bert_hf import (
     M3BertForMaskedLM,
@@ -195,6 +196,61 @@ def test_a_row_of_padding_alone_stays_finite():
         with torch.no_grad():
             states = model(ids, mask).last_hidden_state
         assert states.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"position_embedding_type": "rotary", "num_key_value_heads": 2},
+        {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 2},
+    ],
+)
+def test_takes_the_calls_of_vllm_s_transformers_backend(fields):
+    """All texts in one row, told apart by their positions, no mask, and an attention layer for each of the model's."""
+    torch.manual_seed(0)
+    lengths = (5, 1, 9)
+    reference = M3BertModel(tiny_config(**fields)).eval()
+
+    class Layer:
+        def __init__(self, attention):
+            self.attention = attention
+
+        def forward(self, *states):
+            outputs = []
+            for text in zip(*(x.split(lengths) for x in states), strict=True):
+                heads = [x.view(len(x), -1, self.attention.head_dim).transpose(0, 1) for x in text]
+                mask = None
+                if self.attention.sliding_window:
+                    places = torch.arange(len(text[0]))
+                    mask = (places[:, None] - places).abs() < self.attention.sliding_window
+                options = {"attn_mask": mask, "scale": self.attention.scaling, "enable_gqa": True}
+                output = nn.functional.scaled_dot_product_attention(*(x[None] for x in heads), **options)
+                outputs.append(output[0].transpose(0, 1).flatten(1))
+            return torch.cat(outputs)
+
+    def attend(module, query, key, value, attention_mask, attention_instances, **kwargs):
+        assert attention_mask is None and not module.is_causal
+        rows = (x.transpose(1, 2).flatten(2)[0] for x in (query, key, value))
+        return attention_instances[module.layer_idx].forward(*rows), None
+
+    AttentionInterface.register("vllm", attend)
+    config = copy.deepcopy(reference.config)
+    config._attn_implementation = "vllm"
+    model = AutoModel.from_config(config).eval()
+    assert model.get_decoder() is model and model.is_backend_compatible()
+    model.load_state_dict(reference.state_dict())
+    ids = torch.randint(4, config.vocab_size, (1, sum(lengths)))
+    with torch.inference_mode():
+        states = model(
+            input_ids=ids,
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            use_cache=False,
+            attention_instances={layer.self_attn.layer_idx: Layer(layer.self_attn) for layer in model.layers},
+            return_dict=False,
+        )[0]
+        for text, state in zip(ids.split(lengths, dim=1), states.split(lengths, dim=1), strict=True):
+            assert torch.allclose(state, reference(text).last_hidden_state, atol=1e-5)
 
 
 def test_flash_attention_gets_the_boundaries_of_packed_documents(monkeypatch):
