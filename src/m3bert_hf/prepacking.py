@@ -1,10 +1,11 @@
 """Weights laid out once as a CPU multiplies them, in place of anew in every call.
 
-A product on a CPU begins by copying its weights into blocks that fit the caches. That takes a tenth to a fifth of the
-time of a batch and up to half of that of a query, and gives the same copy each time. oneDNN can keep it, which inductor makes
-use of when it freezes a model; that takes a C++ compiler and a graph for each layer. The two operators that inductor
-calls are called here directly: nothing is compiled, and one copy serves every exit, batch and length. They are not
-among torch's public ones, so their result is compared with the plain product before they are used.
+A product on a CPU begins by copying its weights into blocks that fit the caches. That takes a tenth to a fifth of
+the time of a batch and up to half of that of a query, and gives the same copy each time. oneDNN can keep it, which
+inductor makes use of when it freezes a model; that takes a C++ compiler and a graph for each layer. The two
+operators that inductor calls are called here directly: nothing is compiled, and one copy serves every exit, batch
+and length. They are not among torch's public ones, so their result is compared with the plain product before they
+are used.
 """
 
 import functools
@@ -223,11 +224,11 @@ _REPLACEMENTS = (_Projections, _Output, _FeedForward)
 def prepack_weights(model: Model) -> Model:
     """Lay the weights of every m3BERT layer within a model out for inference on a CPU, in place.
 
-    Batches take a tenth to a fifth less time and single queries up to half (`docs/deployment.md`), for a second copy of
-    the weights of the layers that run. Results differ from the plain path by rounding. Parameters, their names and what is
-    saved stay as they are; weights that are loaded, trained, cast or merged with an adapter are packed anew. Training,
-    autocast, export, adapters and other devices take the plain path. Changes through a weight's `.data` are seen by
-    its first row: after one that leaves that row as it is, call this again.
+    Batches take a tenth to a fifth less time and single queries up to half (`docs/deployment.md`), for a second copy
+    of the weights of the layers that run. Results differ from the plain path by rounding. Parameters, their names and
+    what is saved stay as they are; weights that are loaded, trained, cast or merged with an adapter are packed anew.
+    Training, autocast, export, adapters and other devices take the plain path. Changes through a weight's `.data` are
+    seen by its first row: after one that leaves that row as it is, call this again.
 
     Args:
         model: An encoder, a model with a head, or a `SentenceTransformer`, on a CPU.
