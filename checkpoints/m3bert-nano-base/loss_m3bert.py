@@ -477,7 +477,7 @@ class _Accumulator:
                 out = self.grad_weight[start:end, :width]
                 self._add_product(out, exponentials, (right * factor[:, None]).to(dtype), units[0])
             if self.grad_bias is not None:
-                product = exponentials @ (right_bias * factor).to(dtype)
+                product = _row_sums(exponentials, (right_bias * factor).to(dtype))
                 self.grad_bias[start:end] += product.to(self.grad_bias.dtype) * units[1]
         self.written = max(self.written, width)
         return mean_weight[:size], mean_bias[:size]
@@ -497,6 +497,14 @@ class _Accumulator:
             out.add_(product)
         else:
             out.copy_(product)
+
+
+def _row_sums(exponentials: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return `exponentials @ weights` [classes]."""
+    if exponentials.dtype == torch.bfloat16 and exponentials.device.type == "cpu":
+        # There the product with a narrow matrix is faster than that with a vector.
+        return torch.mm(exponentials, weights[:, None].expand(-1, _ALIGNMENT))[:, 0]
+    return exponentials @ weights
 
 
 def _transposed_product(exponentials: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
