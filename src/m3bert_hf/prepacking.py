@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .modeling_m3bert import M3BertAttention, M3BertLayer, M3BertMLP, M3BertModel, apply_rotary_pos_emb
+from .modeling_m3bert import M3BertAttention, M3BertLayer, M3BertMLP, M3BertModel
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -144,6 +144,18 @@ def _gains(inputs: torch.Tensor, linear: nn.Linear) -> bool:
     return linear.weight.numel() >= _LARGE_MATRIX or inputs.numel() >= _MANY_TOKENS * inputs.shape[-1]
 
 
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Do what `apply_rotary_pos_emb` does without gradients, in two passes over the memory in place of five."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    first, second, rest = states.split([half, half, states.shape[-1] - width], dim=-1)
+    rotated = torch.empty_like(states)
+    torch.mul(first, cos[..., :half], out=rotated[..., :half]).addcmul_(second, sin[..., :half], value=-1)
+    torch.mul(second, cos[..., half:], out=rotated[..., half:width]).addcmul_(first, sin[..., half:])
+    rotated[..., width:] = rest
+    return rotated
+
+
 class _Projections:
     """In place of `M3BertAttention.project`: queries, keys and values in one product."""
 
@@ -159,10 +171,10 @@ class _Projections:
             return M3BertAttention.project(module, hidden_states, position_embeddings)
         heads = self.linear(hidden_states).view(*hidden_states.shape[:-1], -1, module.head_dim).transpose(1, 2)
         keys = module.k_proj.out_features // module.head_dim
-        query, key, value = heads.split([heads.shape[1] - 2 * keys, keys, keys], dim=1)
+        both, value = heads.split([heads.shape[1] - keys, keys], dim=1)
         if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, *position_embeddings)
-            key = apply_rotary_pos_emb(key, *position_embeddings)
+            both = _rotate(both, *position_embeddings)
+        query, key = both.split([both.shape[1] - keys, keys], dim=1)
         return query, key, value
 
 
