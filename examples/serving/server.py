@@ -36,6 +36,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from m3bert_hf import build_sentence_transformer
 from m3bert_hf.prepacking import prepack_weights
+from m3bert_hf.throughput import keep_freed_memory
 
 
 @dataclass
@@ -367,6 +368,8 @@ def main() -> None:
             prepack_weights(model)
         except (RuntimeError, ValueError) as error:
             print(error, flush=True)
+        # The next batch needs about the memory of the last one: the system need not clear its pages again.
+        keep_freed_memory()
     limits = Limits(**{name: getattr(options, name) for name in vars(Limits())})
     app = make_app(model, Path(options.model).name, limits)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=30)
