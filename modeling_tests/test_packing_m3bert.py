@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from m3bert_hf.packing_m3bert import PackedDocuments, padded
 
 
-LENGTHS = [5, 12, 0, 1, 12, 9, 3, 3, 40]
+LENGTHS = [5, 12, 12, 0, 1, 12, 9, 3, 3, 40]
 
 
 def attend(module, query, key, value, mask, scaling):
@@ -31,8 +31,10 @@ def test_attention_and_gradients_are_those_of_each_document_by_itself(alone, sta
     assert not any(PackedDocuments(LENGTHS, "cpu").slices), "each slice's gradient would be as large as the row"
     with torch.no_grad():
         documents = PackedDocuments(LENGTHS, "cpu")
-    # One document is a slice whose length is at least `alone`, or happened to be a group of one.
-    assert sum(span is not None for span in documents.slices) >= sum(length >= alone for length in LENGTHS if length)
+    # Documents of at least `alone` tokens are slices, and those that happened to be a group of one.
+    sliced = [place.shape for place, span in zip(documents.places, documents.slices, strict=True) if span is not None]
+    assert sum(shape[0] for shape in sliced) >= sum(length >= alone for length in LENGTHS if length)
+    assert ((2, 12) in sliced) == (alone <= 12), "neighbours of one length share a call"
     expected = torch.cat(
         [
             scaled_dot_product_attention(*(part.split(LENGTHS, dim=2)[i] for part in states), scale=0.3)

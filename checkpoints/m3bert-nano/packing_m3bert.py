@@ -16,9 +16,10 @@ class PackedDocuments:
 
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
-    # On a CPU, documents of this many tokens are attended to one by one, as slices without copies, padding or mask;
-    # shorter ones share a call in groups (the number was not tuned). So do all on a GPU, where each call is a launch,
-    # and where gradients are wanted, since that of a slice is as large as the row it was taken from.
+    # On a CPU, documents of this many tokens are attended to as slices without copies, padding or mask: one by one, or
+    # in one call where neighbours are equally long, as sorted texts often are. Shorter ones share a call in groups
+    # (the number was not tuned). So do all on a GPU, where each call is a launch, and where gradients are wanted,
+    # since that of a slice is as large as the row it was taken from.
     alone = 32
 
     def __init__(self, lengths: list[int], device):
@@ -27,7 +28,14 @@ class PackedDocuments:
             starts.append(starts[-1] + length)
         slicing = torch.device(device).type == "cpu" and not torch.is_grad_enabled()
         alone = self.alone if slicing else max(lengths, default=0) + 1
-        groups = [[i] for i, length in enumerate(lengths) if length >= alone]
+        groups: list[list[int]] = []
+        for i, length in enumerate(lengths):
+            if length < alone:
+                continue
+            if not groups or groups[-1][-1] != i - 1 or lengths[i - 1] != length:
+                groups.append([])
+            groups[-1].append(i)
+        spans = len(groups)
         others = sorted((i for i, length in enumerate(lengths) if 0 < length < alone), key=lambda i: -lengths[i])
         for place, document in enumerate(others):
             if place == 0 or lengths[document] < self.fullness * lengths[groups[-1][0]]:
@@ -38,14 +46,16 @@ class PackedDocuments:
         self.places: list[torch.Tensor] = []
         self.valid: list[torch.Tensor | None] = []
         self.slices: list[slice | None] = []
-        for group in groups:
+        for index, group in enumerate(groups):
             first = torch.tensor([starts[i] for i in group], device=device)[:, None]
             sizes = torch.tensor([lengths[i] for i in group], device=device)[:, None]
             offset = torch.arange(int(lengths[group[0]]), device=device)[None]
             valid = offset < sizes
             self.places.append(first + offset * valid)
             self.valid.append(None if lengths[group[-1]] == lengths[group[0]] else valid)
-            self.slices.append(slice(starts[group[0]], starts[group[0] + 1]) if slicing and len(group) == 1 else None)
+            # A short document that is alone in its group needs no copies either.
+            whole = index < spans or (slicing and len(group) == 1)
+            self.slices.append(slice(starts[group[0]], starts[group[-1] + 1]) if whole else None)
         # Where each token of the row stands among the groups' tokens; nothing is to be moved if all are in order.
         order = [document for group in groups for document in group]
         self.back = None
@@ -61,7 +71,8 @@ class PackedDocuments:
         parts = []
         for place, valid, span, mask in zip(self.places, self.valid, self.slices, masks, strict=True):
             if span is not None:
-                rows = [states[:, :, span] for states in (query, key, value)]
+                shape = (place.shape[0], place.shape[1])
+                rows = [states[0, :, span].unflatten(1, shape).transpose(0, 1) for states in (query, key, value)]
             else:
                 rows = [states[0].transpose(0, 1)[place].transpose(1, 2) for states in (query, key, value)]
             output, _ = function(module, *rows, mask, **options)

@@ -51,7 +51,8 @@ class M3BertConfig(PreTrainedConfig):
         classifier_dropout: Dropout before the classifier of the task heads.
         classifier_pooling: `"cls"` (first token) or `"mean"` (all tokens) for sequence classification.
         unpad_inputs: Whether padded batches run without their padding, which all but attention then never sees.
-            `None`: on a CPU, where a tenth of the batch or more is padding. The states of padding are zero then.
+            `None`: on a CPU, where 3% of the batch or more is padding, with gradients a tenth. The states of padding
+            are zero then.
         tie_word_embeddings: Whether the decoder of the masked-language-model head shares the token embeddings.
 
     The names of the released configuration, `mrl_layers`, `mrl_dims` and `cur_dim`, are accepted for `exit_layers`,
