@@ -203,7 +203,7 @@ def measure(name: str, kind: str, folder: Path, weights: int, options: argparse.
 
     queries = read_texts(options.queries, "query", 40)
     documents = read_texts(options.documents, "document", options.count)
-    # As a server would, for peers as well: clearing the pages of intermediate results anew in every batch takes time.
+    # For peers as well: clearing the pages of intermediate results anew in every batch takes time.
     keep_freed_memory()
     start = time.perf_counter()
     model = _OnnxPeer(folder, kind) if on_onnx(kind) and name in PEERS else load(name, kind, folder)
@@ -290,7 +290,7 @@ def measure_in_turn(cases: list[tuple[str, str]], texts: list[str], rounds: int)
     # What torch loads is the same in every dtype.
     turns = [((name, kind), (name, kind if on_onnx(kind) else "torch")) for name, kind in cases * rounds]
     last = {files: place for place, (_, files) in enumerate(turns)}
-    weights: dict[tuple[str, str], str] = {}
+    prepared: dict[tuple[str, str], subprocess.CompletedProcess] = {}
     with tempfile.TemporaryDirectory() as parent:
         for place, (case, files) in enumerate(tqdm(turns, desc="cases")):
             folder = Path(parent) / "-".join(files).replace(" ", "_")
@@ -299,24 +299,22 @@ def measure_in_turn(cases: list[tuple[str, str]], texts: list[str], rounds: int)
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(parent) / f"inductor-{place}")
             command = [sys.executable, __file__, "--one", *case]
             common: Any = {"capture_output": True, "text": True, "env": environment}
-            fault = None
-            if files not in weights:
-                folder.mkdir(exist_ok=True)
-                done = subprocess.run([*command, "--prepare", str(folder)], **common)
-                fault = done.stderr if done.returncode else None
-                if fault is None:
-                    weights[files] = done.stdout.strip().splitlines()[-1]
-            if fault is None:
-                measured = ["--measure", str(folder), "--weights", weights[files]]
+            if files not in prepared:
+                folder.mkdir()
+                prepared[files] = subprocess.run([*command, "--prepare", str(folder)], **common)
+            done = prepared[files]
+            if done.returncode == 0:
+                measured = ["--measure", str(folder), "--weights", done.stdout.strip().splitlines()[-1]]
                 done = subprocess.run([*command, *measured, *texts], **common)
-                fault = done.stderr if done.returncode else None
-            if fault is not None:
-                # A peer that does not export is left out and said to be.
-                print(f"{', '.join(case)}: {fault.strip().splitlines()[-1][:300]}", flush=True)
-            else:
+            if done.returncode == 0:
                 row = json.loads(done.stdout.strip().splitlines()[-1])
                 print(json.dumps(row), flush=True)
                 rows[case] = best_of(rows[case], row) if case in rows else row
+            else:
+                # A peer that does not export is left out and said to be.
+                lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                print(f"{', '.join(case)}: {lines[-1][:300]}", flush=True)
+            shutil.rmtree(environment["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
             if last[files] == place:
                 shutil.rmtree(folder)
     return list(rows.values())

@@ -20,9 +20,7 @@ from m3bert_hf import (
     M3BertForSequenceClassification,
     M3BertForTokenClassification,
     M3BertModel,
-    modeling_m3bert,
 )
-from m3bert_hf.compat_m3bert import ALL_ATTENTION_FUNCTIONS
 from m3bert_hf.packing_m3bert import PackedDocuments
 
 
@@ -50,61 +48,6 @@ def pack(ids, mask):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return row, positions, boundaries, int(lengths.max())
-
-
-# ---------------------------------------------------------------- attention in bfloat16 on a CPU
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("masked", [None, "bool", "added"])
-def test_attention_written_out_is_as_exact_as_sdpa(gradients, masked, monkeypatch):
-    """The error against float64 is that of SDPA's kernel within a factor of three, values and gradients."""
-    monkeypatch.setattr(modeling_m3bert, "_has_bfloat16_products", lambda: True)
-    monkeypatch.setattr(modeling_m3bert, "_WEIGHTS_AT_ONCE", 2 * 4 * 33 * 33)
-    module = make(num_key_value_heads=2, hidden_size=32, num_attention_heads=4).layers[0].self_attn
-    generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(5, heads, 33, 8, generator=generator) for heads in (4, 2, 2)]
-    upstream = torch.randn(5, 33, 4, 8, generator=generator)
-    mask = None
-    if masked:
-        mask = torch.arange(33) < torch.tensor([33, 1, 20, 32, 7])[:, None, None, None]
-
-    def run(function, dtype):
-        rows = [state.bfloat16().to(dtype).requires_grad_(gradients) for state in states]
-        added = mask
-        if masked == "added":
-            added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        with torch.set_grad_enabled(gradients):
-            output, _ = function(module, *rows, added, scaling=0.3)
-        if not gradients:
-            return [output.double()]
-        return [output.double(), *(g.double() for g in torch.autograd.grad(output, rows, upstream.to(dtype)))]
-
-    exact = run(ALL_ATTENTION_FUNCTIONS["sdpa"], torch.float64)
-    kernel = run(ALL_ATTENTION_FUNCTIONS["sdpa"], torch.bfloat16)
-    with monkeypatch.context() as patch:
-        patch.setattr(modeling_m3bert, "ALL_ATTENTION_FUNCTIONS", None)
-        found = run(modeling_m3bert.sdpa_attention_forward, torch.bfloat16)
-    assert not torch.equal(found[0], kernel[0]), "the same kernel would make this comparison empty"
-    for ours, theirs, truth in zip(found, kernel, exact, strict=True):
-        assert (ours - truth).norm() < 3 * (theirs - truth).norm()
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "products"),
-    [
-        ((1, 4, 64, 8), torch.bfloat16, True),
-        ((2, 4, 257, 8), torch.bfloat16, True),
-        ((2, 4, 64, 8), torch.float32, True),
-        ((2, 4, 64, 8), torch.bfloat16, False),
-    ],
-)
-def test_attention_is_left_to_sdpa_where_that_is_faster(shape, dtype, products, monkeypatch):
-    monkeypatch.setattr(modeling_m3bert, "_has_bfloat16_products", lambda: products)
-    module, state = make().layers[0].self_attn, torch.randn(shape, dtype=dtype)
-    found = modeling_m3bert.sdpa_attention_forward(module, state, state, state, None, scaling=0.3)[0]
-    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"](module, state, state, state, None, scaling=0.3)[0]
-    assert torch.equal(found, kernel)
 
 
 # ---------------------------------------------------------------- promise 1: exits

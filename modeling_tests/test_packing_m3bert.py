@@ -74,6 +74,14 @@ def test_documents_in_order_are_not_moved(monkeypatch):
     assert PackedDocuments([4, 9, 0, 7], "cpu").back is not None
 
 
+@torch.no_grad()
+def test_neighbours_of_one_length_share_calls_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", 1)
+    monkeypatch.setattr(PackedDocuments, "pairs", 3 * 10**2)
+    documents = PackedDocuments([10, 10, 10, 10, 20, 20, 5, 5, 5], "cpu")
+    assert [tuple(place.shape) for place in documents.places] == [(3, 10), (1, 10), (1, 20), (1, 20), (3, 5)]
+
+
 def test_nothing_to_attend_to():
     empty = [torch.zeros(1, 2, 0, 4)] * 3
     assert run(PackedDocuments([0, 0], "cpu"), empty).shape == (1, 0, 2, 4)

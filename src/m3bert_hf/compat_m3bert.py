@@ -5,6 +5,7 @@ one file. Verified with transformers 5.17 and 5.23.
 """
 
 from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as library_sdpa_attention_forward
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -34,6 +35,7 @@ __all__ = [
     "init",
     "is_flash_attention_requested",
     "is_tracing",
+    "library_sdpa_attention_forward",
     "merge_with_config_defaults",
     "packed_sequence_mask_function",
 ]

@@ -1,6 +1,5 @@
 """PyTorch m3BERT: a bidirectional encoder that may stop at any of its exits and be read at any of its dimensions."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from .attention_m3bert import sdpa_attention_forward
 from .compat_m3bert import (
     ALL_ATTENTION_FUNCTIONS,
     ROPE_INIT_FUNCTIONS,
@@ -39,10 +39,6 @@ from .configuration_m3bert import M3BertConfig
 from .loss_m3bert import MLMLossOptions, multigranular_mlm_loss
 from .packing_m3bert import PackedDocuments, padded
 
-
-# Of attention written out in bfloat16 on a CPU: the most tokens of a text, since weights [tokens, tokens] exist for
-# each head; the tokens of a batch that are too few for a gain; and, without gradients, the weights that exist at once.
-_LONGEST_WRITTEN_OUT, _FEW_TOKENS, _WEIGHTS_AT_ONCE = 256, 64, 2**20
 
 AUTO_MAP = {
     "AutoConfig": "configuration_m3bert.M3BertConfig",
@@ -180,49 +176,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     """Attention written out, [batch, heads, tokens, head_dim]; the one implementation that returns its weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = torch.matmul(query, key.transpose(2, 3))
-    if scaling != 1.0:
-        weights = weights * scaling
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    # The kernels compute it in float32 whatever the dtype; under CUDA's autocast the result is float32.
-    weights = F.softmax(weights, dim=-1).to(query.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-@functools.cache
-def _has_bfloat16_products() -> bool:
-    """Whether this processor multiplies bfloat16; where it does not, torch's batched product of it is a plain loop."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks) and torch.backends.mkldnn.is_available()
-
-
-def sdpa_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention by SDPA, or written out where that is faster, [batch, heads, tokens, head_dim].
-
-    SDPA's kernel for CPUs multiplies one head after another, in bfloat16 at a tenth of the rate of a batched product:
-    written out, texts of 16 to 256 tokens take half the time and, with gradients, a quarter to a half (measured with
-    oneDNN on a processor with bfloat16 products). The results differ by bfloat16's rounding.
-    """
-    batch, heads, tokens, _ = query.shape
-    low = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not is_tracing(query)
-    if not low or not _has_bfloat16_products() or tokens > _LONGEST_WRITTEN_OUT or batch * tokens <= _FEW_TOKENS:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
-        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        least = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, least)
-    dropout = kwargs.get("dropout", 0.0)
-    size = batch if torch.is_grad_enabled() else max(_WEIGHTS_AT_ONCE // (heads * tokens**2), 1)
-    outputs = []
-    for start in range(0, batch, size):
-        part = slice(start, start + size)
-        mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[part]
-        # There are fewer queries to scale than weights.
-        rows = (query[part] * scaling, key[part], value[part])
-        outputs.append(eager_attention_forward(module, *rows, mask, 1.0, dropout)[0])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
 
 
 class M3BertAttention(nn.Module):

@@ -21,6 +21,8 @@ class PackedDocuments:
     # (the number was not tuned). So do all on a GPU, where each call is a launch, and where gradients are wanted,
     # since that of a slice is as large as the row it was taken from.
     alone = 32
+    # Pairs of tokens in a call of neighbours: attention weights, where they exist, stay as small as those of a text.
+    pairs = 2**18
 
     def __init__(self, lengths: list[int], device):
         starts = [0]
@@ -32,7 +34,8 @@ class PackedDocuments:
         for i, length in enumerate(lengths):
             if length < alone:
                 continue
-            if not groups or groups[-1][-1] != i - 1 or lengths[i - 1] != length:
+            full = bool(groups) and (len(groups[-1]) + 1) * length**2 > self.pairs
+            if not groups or full or groups[-1][-1] != i - 1 or lengths[i - 1] != length:
                 groups.append([])
             groups[-1].append(i)
         spans = len(groups)
