@@ -18,12 +18,13 @@ gradients again in each step.
 
 Extra memory is the peak of head and loss, forward and backward on given states, beyond weights and their gradients.
 The matrix rate is that of 2048 x 2048 products in the same dtype, measured in the same process; the loss's share of it
-counts 6 operations for each (scored token, class, dimension) against the whole time of head and loss, and against the
-time of its matrix products alone.
+counts 6 operations for each (scored token, class, dimension) against the whole time of head and loss. The rate of the
+matrix products alone counts all of them, those of logits that are computed a second time too.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -113,18 +114,25 @@ def seconds(device: str, work: Callable[[], None], repeats: int) -> float:
     return best
 
 
-def product_seconds(work: Callable[[], None]) -> float:
-    """Return the time that matrix products take within `work`."""
+def product_rate(work: Callable[[], None]) -> float:
+    """Return the operations a second of the matrix products within `work`."""
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    with profile(activities=activities) as profiler:
+    gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    with profile(activities=activities, record_shapes=True) as profiler:
         work()
-    names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
-    averages = [event for event in profiler.key_averages() if event.key in names]
-    return (
-        sum((e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total) for e in averages) / 1e6
-    )
+    # Which of the inputs are the factors.
+    factors = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "mkldnn::_linear_pointwise": 0}
+    operations = time_spent = 0.0
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.key in factors:
+            left, right = event.input_shapes[factors[event.key] :][:2]
+            # oneDNN's second factor is transposed.
+            columns = right[0] if event.key.startswith("mkldnn") else right[-1]
+            operations += 2.0 * event.count * math.prod(left) * columns
+            time_spent += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
+    return operations / time_spent
 
 
 def measure(case: str, dtype_name: str, batch: int, tokens: int, repeats: int, kept: bool) -> dict:
@@ -206,7 +214,7 @@ def measure(case: str, dtype_name: str, batch: int, tokens: int, repeats: int, k
             clean()
             operations = 6 * len(chosen) * config.vocab_size * 3 * sum(config.matryoshka_dimensions)
             result["loss_rate"] = operations / result["loss_seconds"]
-            result["product_rate"] = operations / product_seconds(head_and_loss)
+            result["product_rate"] = product_rate(head_and_loss)
         clean()
     step()
     result["step_seconds"] = seconds(device, step, repeats)
