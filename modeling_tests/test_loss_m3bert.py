@@ -72,12 +72,11 @@ def problem(seed, counts, widths, classes, dtype=torch.float32):
     distillation=st.sampled_from([0.0, 0.3, 1.0]),
     z_loss=st.sampled_from([0.0, 1e-2]),
     upstream=st.sampled_from([1.0, 2.5]),
-    kept=st.integers(0, 150),
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_dense_float64_reference(
-    dtype, counts, classes, width, smoothing, distillation, z_loss, upstream, kept, seed
+    dtype, counts, classes, width, smoothing, distillation, z_loss, upstream, seed
 ):
     counts = [min(counts[0] + 1, 70), *counts]
     widths = [width, *(1 + (seed + i) % width for i in range(len(counts) - 1))]
@@ -88,8 +87,6 @@ def test_equals_the_dense_float64_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_m3bert, "_CPU_COLUMN", 32)
         patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
-        # None, some or all of a chunk's exponentials are kept.
-        patch.setattr(loss_m3bert, "_CPU_KEPT", {dtype.itemsize: kept * 16 * dtype.itemsize})
         loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
     grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])
     doubles = [x.detach().double().requires_grad_() for x in (*features, weight, bias)]
@@ -108,9 +105,7 @@ def test_equals_the_dense_float64_reference(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("kept", [0, 250, 500])
-def test_low_precision_errs_no_more_than_the_dense_loss_in_low_precision(dtype, mixed, kept, monkeypatch):
-    monkeypatch.setattr(loss_m3bert, "_CPU_KEPT", {2: kept * 16 * 2})
+def test_low_precision_errs_no_more_than_the_dense_loss_in_low_precision(dtype, mixed):
     exact, weight, bias, rows = problem(0, [64, 64], [32, 8], 500, torch.float64)
     exact = [*exact, (weight * 0.3).detach(), bias.detach()]
     # Weights as small as those of one token in a large batch, which float16 cannot hold as a factor.
@@ -185,20 +180,6 @@ def test_no_tensor_of_tokens_by_classes_is_made(monkeypatch):
         linear_cross_entropy(features, weight, bias, rows)[0].backward()
         largest.append(max(sizes))
     assert set(largest) == {16 * 200}
-
-
-def test_in_low_precision_the_buffer_holds_a_part_of_the_chunk(monkeypatch):
-    monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 64 * 200 * 2)
-    monkeypatch.setattr(loss_m3bert, "_CPU_KEPT", {2: 16 * 200 * 2})
-    features, weight, bias, rows = problem(0, [64, 10], [8, 8], 200, torch.bfloat16)
-    decoder = loss_m3bert._Decoder(weight, bias, torch.bfloat16, loss_m3bert.exponentiate)
-    assert decoder.rows_per_chunk == 64 and decoder.buffer([64, 10]).numel() == 16 * 200
-    again = []
-    real = loss_m3bert._Decoder.probabilities
-    monkeypatch.setattr(loss_m3bert._Decoder, "probabilities", lambda self, *a: again.append(a[1:3]) or real(self, *a))
-    linear_cross_entropy(features, weight, bias, rows)[0].backward()
-    # Of 64 rows the first quarter of the classes fits, of the 10 (padded to 16) all.
-    assert again == [(start, min(start + 32, 200)) for start in range(32, 200, 32)]
 
 
 @given(rows=st.integers(0, 2000), chunk=st.integers(2, 20))

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -76,6 +77,30 @@ def assert_same_run(one, other, tolerance=2e-5):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(other)[name], atol=tolerance, rtol=1e-3)
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(data, tmp_path, monkeypatch):
+    """What happened in an attempt that ran out of memory is not part of the next one's logs."""
+    seen = []
+    real = M3BertForMaskedLM.forward
+
+    def forward(self, input_ids=None, **kwargs):
+        if self.training:
+            seen.append(len(input_ids))
+            if len(input_ids) > 6 and len(seen) > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return real(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(M3BertForMaskedLM, "forward", forward)
+    fields = {"auto_find_batch_size": True, "max_steps": 3, "logging_steps": 3, "save_steps": 3}
+    pretrain(arguments(data), training(tmp_path, **fields))
+    assert seen[:3] == [8, 8, 7] and seen[-3:] == [6, 6, 6]
+    (log,) = history(tmp_path)
+    # At the beginning every granularity's loss is about that of equally likely tokens.
+    vocabulary = len(json.loads((data / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
+    for name in GRID:
+        assert 0.5 * math.log(vocabulary) < log[f"loss_{name}"] < 1.5 * math.log(vocabulary)
+    assert sum(log[f"loss_{name}"] for name in GRID) == pytest.approx(log["loss"], rel=1e-4)
 
 
 def test_every_granularity_is_logged_and_evaluated(data, tmp_path):

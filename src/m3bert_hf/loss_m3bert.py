@@ -2,11 +2,10 @@
 
 The decoder is by far the largest matrix product of the model (250,002 classes in the base size), so three things keep
 it small. Only labelled tokens are scored. Their logits exist for one chunk of tokens at a time, in one buffer that all
-granularities share: memory depends on the size of the buffer, not on the number of granularities. And the forward pass
+granularities share: memory depends on the size of the chunk, not on the number of granularities. And the forward pass
 computes the gradients while it has the exponentials of the chunk, so that no logit is computed twice: three matrix
 products in place of four. Measured at base size on a CPU, this beats recomputing the logits in the backward pass
-(`benchmarks/pretraining.py`). In low precision on a CPU, where products are cheap and chunks must have many rows to be
-fast, the buffer holds a part of a chunk, and the logits of the other classes are computed again.
+(`benchmarks/pretraining.py`).
 """
 
 import functools
@@ -29,12 +28,9 @@ IGNORE_INDEX = -100
 # enough for matrix products to run at three quarters of their full rate; on a GPU a product needs more rows for it.
 _CPU_CHUNK = 121_000_000
 _GPU_CHUNK = 2**28
-# Bytes of a chunk's exponentials that a CPU keeps for the gradients, by the bytes of a number: in low precision those
-# of 80 rows. The others are computed a second time, which costs less than chunks of so few rows would.
-_CPU_KEPT = {2: 41_000_000}
 # A block of classes, whose logits are written, exponentiated and summed before the next ones are touched: at most so
-# many logits (on a CPU they fit into a cache) and so many classes.
-_CPU_BLOCK, _CPU_COLUMN = 3 * 2**18, 2**13
+# much of logits (on a CPU bytes, which fit into a cache; on a GPU numbers) and so many classes.
+_CPU_BLOCK, _CPU_COLUMN = 2**22, 2**13
 _GPU_BLOCK, _GPU_COLUMN = 2**25, 2**15
 # MKL and cuBLAS lose up to a third of their speed on rows that are not aligned.
 _ALIGNMENT = 16
@@ -172,15 +168,11 @@ class _Decoder:
         gpu = weight.device.type == "cuda"
         self.block_size, self.most_classes = _GPU_BLOCK, _GPU_COLUMN
         if not gpu:
-            self.block_size, self.most_classes = _CPU_BLOCK, _CPU_COLUMN
+            self.block_size, self.most_classes = _CPU_BLOCK // dtype.itemsize, _CPU_COLUMN
         # Memory that is used again and again stays in the cache.
-        self._scratch = self._cast = self._product = self._passing = torch.empty(0)
+        self._scratch = self._cast = self._product = torch.empty(0)
         rows = (_GPU_CHUNK if gpu else _CPU_CHUNK) // (max(self.classes, 1) * dtype.itemsize)
         self.rows_per_chunk = max(rows // _ALIGNMENT, 1) * _ALIGNMENT
-        # The block that was cast last.
-        self._bounds, self._block = (0, 0, 0), torch.empty(0)
-        # Numbers that the buffer holds at most.
-        self.kept = None if gpu or dtype.itemsize not in _CPU_KEPT else _CPU_KEPT[dtype.itemsize] // dtype.itemsize
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """Return the bounds of the blocks of classes for a chunk of so many rows."""
@@ -204,8 +196,6 @@ class _Decoder:
         block = self.weight[start:end, :width]
         if block.dtype == self.dtype:
             return block
-        if self._bounds == (start, end, width):
-            return self._block
         if block.device.type == "cpu" and block.dtype == torch.float32 and width < self.weight.shape[1]:
             # A CPU casts whole rows faster than a third of each, and small parts faster once they are together.
             if width * 3 >= self.weight.shape[1]:
@@ -214,9 +204,7 @@ class _Decoder:
                 block = self.float_scratch(block.numel()).view(block.shape).copy_(block)
         if self._cast.numel() < block.numel():
             self._cast = torch.empty(block.numel(), dtype=self.dtype, device=block.device)
-        self._block = self._cast[: block.numel()].view(block.shape).copy_(block)[:, :width]
-        self._bounds = (start, end, width)
-        return self._block
+        return self._cast[: block.numel()].view(block.shape).copy_(block)[:, :width]
 
     def logits(self, x: torch.Tensor, start: int, end: int, out: torch.Tensor) -> torch.Tensor:
         """Return the logits of a block without its bias [classes, rows]: `out`, or memory of their own."""
@@ -244,37 +232,9 @@ class _Decoder:
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def buffer(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return room for the exponentials of the largest chunk, or for as many as are kept."""
+        """Return room for the exponentials of the largest chunk."""
         largest = max((part.stop - part.start for count in rows for part in self.chunks(count)), default=0)
-        size = _aligned(largest) * self.classes
-        return self.weight.new_empty(size if self.kept is None else min(size, self.kept), dtype=self.dtype)
-
-    def room(self, buffer: torch.Tensor | None, start: int, end: int, rows: int) -> torch.Tensor:
-        """Return memory for a block of a chunk [classes, rows]: in the buffer, or else the next block's as well."""
-        if buffer is not None and _is_kept(buffer, end, rows):
-            return buffer[start * rows : end * rows].view(end - start, rows)
-        size = (end - start) * rows
-        if self._passing.numel() < size:
-            self._passing = torch.empty(size, dtype=self.dtype, device=self.weight.device)
-        return self._passing[:size].view(end - start, rows)
-
-    def probabilities(self, x: torch.Tensor, start: int, end: int, normalizer: torch.Tensor) -> torch.Tensor:
-        """Return the probabilities of a block [classes, rows], valid until the next block is asked for.
-
-        Args:
-            x: Features [rows, width].
-            start: First class of the block.
-            end: The class after its last.
-            normalizer: Logarithm, in base 2, of the sum over all classes [rows].
-        """
-        out = self.room(None, start, end, x.shape[0])
-        product = self.logits(x, start, end, out)
-        wide = self.widened(out)
-        if wide is not out:
-            product = wide
-        torch.add(self.bias[start:end].to(wide.dtype)[:, None] * _LOG2_E, product, alpha=_LOG2_E, out=wide)
-        wide.sub_(normalizer).exp2_()
-        return out if wide is out else out.copy_(wide)
+        return self.weight.new_empty(_aligned(largest) * self.classes, dtype=self.dtype)
 
 
 @functools.cache
@@ -298,8 +258,7 @@ def _onednn_product() -> bool:
 class _Scores:
     """A chunk of rows after its logits; normaliser (log of the sum), label's logit and whether none is larger [rows].
 
-    The buffer holds `exp(logit - largest in the block)` of the first blocks, as many as fit; `factors[block]` [rows]
-    turns these into probabilities, and is 1 for the others.
+    The buffer holds `exp(logit - largest in the block)`; `factors[block]` [rows] turns these into probabilities.
     """
 
     normalizer: torch.Tensor
@@ -317,9 +276,8 @@ def _pad(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
 
-def _is_kept(buffer: torch.Tensor, end: int, rows: int) -> bool:
-    """Whether the buffer holds the exponentials of a chunk's classes before `end`."""
-    return end * rows <= buffer.numel()
+def _view(buffer: torch.Tensor, start: int, end: int, rows: int) -> torch.Tensor:
+    return buffer[start * rows : end * rows].view(end - start, rows)
 
 
 def _column_max(values: torch.Tensor) -> torch.Tensor:
@@ -368,27 +326,23 @@ def _choose_exponentiate(backend: str, device: torch.device) -> Callable:
 def _score(decoder: _Decoder, x: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor | None) -> _Scores:
     """Compute the logits of a chunk of features [rows, width]; without a buffer, no exponentials are kept."""
     rows = x.shape[0]
-    largest, sums, label, kept = [], [], x.new_zeros(rows, dtype=decoder.exact), 0
+    largest, sums, label = [], [], x.new_zeros(rows, dtype=decoder.exact)
     for start, end in decoder.blocks(rows):
-        out = decoder.room(buffer, start, end, rows)
+        out = x.new_empty(end - start, rows) if buffer is None else _view(buffer, start, end, rows)
         product = decoder.logits(x, start, end, out)
         inside = (targets - start).clamp(0, end - start - 1)
         wide = decoder.widened(out)
         apart = {} if product is out else {"product": product}
         top, total, value = decoder.exponentiate(wide, decoder.bias[start:end], inside, **apart)
-        if buffer is not None and _is_kept(buffer, end, rows):
-            kept += 1
-            if wide is not out:
-                out.copy_(wide)
+        if buffer is not None and wide is not out:
+            out.copy_(wide)
         label = torch.where(targets - start == inside, value, label)
         largest.append(top)
         sums.append(total)
     tops = torch.stack(largest)
     best = tops.amax(dim=0)
     normalizer = best + (torch.stack(sums) * (tops - best).exp2()).sum(dim=0).log2()
-    factors = (tops - normalizer).exp2()
-    factors[kept:] = 1.0
-    return _Scores(normalizer / _LOG2_E, label / _LOG2_E, label >= best, factors)
+    return _Scores(normalizer / _LOG2_E, label / _LOG2_E, label >= best, (tops - normalizer).exp2())
 
 
 # ---------------------------------------------------------------------- loss and gradients of the chunks
@@ -521,12 +475,8 @@ class _Accumulator:
             units = [values.abs().amax().clamp_min(1e-30) for values in (right, right_bias)]
         right, right_bias = _pad(right / units[0]), _pad(right_bias / units[1])
         mean_weight, mean_bias = torch.zeros_like(right), torch.zeros_like(right_bias)
-        x, rows, normalizer = _pad(x), right.shape[0], scores.normalizer * _LOG2_E
-        for (start, end), factor in zip(decoder.blocks(rows), scores.factors, strict=True):
-            if _is_kept(self.buffer, end, rows):
-                exponentials = decoder.room(self.buffer, start, end, rows)
-            else:
-                exponentials = decoder.probabilities(x, start, end, normalizer)
+        for (start, end), factor in zip(decoder.blocks(right.shape[0]), scores.factors, strict=True):
+            exponentials = _view(self.buffer, start, end, right.shape[0])
             mean_weight += _transposed_product(exponentials, decoder.block(start, end, width)) * factor[:, None]
             if teaches:
                 mean_bias += (decoder.bias[start:end].to(dtype) @ exponentials) * factor

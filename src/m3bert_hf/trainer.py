@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .loss_m3bert import IGNORE_INDEX, MLMLossOptions
 from .throughput import backbone_operations, decoder_operations, matrix_rate
@@ -122,6 +122,16 @@ class _Totals:
         return max(time.perf_counter() - self.begin - self.paused, 1e-9)
 
 
+class _StartOfTraining(TrainerCallback):
+    """Begins the figures anew with every attempt, of which `auto_find_batch_size` makes several."""
+
+    def __init__(self, trainer: "M3BertTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._totals = _Totals()
+
+
 class M3BertTrainer(Trainer):
     """transformers' `Trainer` for [`M3BertForMaskedLM`].
 
@@ -155,6 +165,7 @@ class M3BertTrainer(Trainer):
         self._evaluated: torch.Tensor | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._matrix_rate: float | None = None
+        self.add_callback(_StartOfTraining(self))
 
     # ------------------------------------------------------------------ data and optimizer
 
@@ -211,7 +222,6 @@ class M3BertTrainer(Trainer):
         if self._matrix_rate is None:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
             self._matrix_rate = matrix_rate(self.args.device, dtype)
-        self._totals = _Totals()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _plan(self) -> dict[str, Any] | None:
