@@ -19,7 +19,7 @@ gradients again in each step.
 Extra memory is the peak of head and loss, forward and backward on given states, beyond weights and their gradients.
 The matrix rate is that of 2048 x 2048 products in the same dtype, measured in the same process; the loss's share of it
 counts 6 operations for each (scored token, class, dimension) against the whole time of head and loss. The rate of the
-matrix products alone counts all of them, those of logits that are computed a second time too.
+matrix products alone counts those that ran, by their shapes.
 """
 
 import argparse
