@@ -1,12 +1,14 @@
 import importlib.util
 import platform
 import shutil
+from itertools import accumulate
 
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from m3bert_hf import M3BertForMaskedLM, loss_m3bert
 from m3bert_hf.loss_m3bert import (
@@ -20,9 +22,13 @@ from m3bert_hf.loss_m3bert import (
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks of classes and several chunks of rows, of uneven sizes, in every test."""
-    monkeypatch.setattr(loss_m3bert, "_CPU_COLUMN", 32)
-    monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 101 * 4)
+    """Several blocks of classes and several parts of rows, of uneven sizes, in every test."""
+    divide(monkeypatch)
+
+
+def divide(patch, room=7 / 8):
+    for name, value in {"_CPU_WORKSPACE": 1, "_CPU_ROWS": 32, "_STEP": 32, "_COPIED": 4, "_ROOM": room}.items():
+        patch.setattr(loss_m3bert, name, value)
 
 
 def naive(features, weight, bias, rows, options):
@@ -67,16 +73,17 @@ def problem(seed, counts, widths, classes, dtype=torch.float32):
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=4),
     classes=st.integers(1, 140),
-    width=st.integers(1, 12),
+    width=st.integers(1, 80),
     smoothing=st.sampled_from([0.0, 0.1]),
     distillation=st.sampled_from([0.0, 0.3, 1.0]),
     z_loss=st.sampled_from([0.0, 1e-2]),
     upstream=st.sampled_from([1.0, 2.5]),
+    room=st.sampled_from([0.0, 0.5, 7 / 8, 1.0]),
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_dense_float64_reference(
-    dtype, counts, classes, width, smoothing, distillation, z_loss, upstream, seed
+    dtype, counts, classes, width, smoothing, distillation, z_loss, upstream, room, seed
 ):
     counts = [min(counts[0] + 1, 70), *counts]
     widths = [width, *(1 + (seed + i) % width for i in range(len(counts) - 1))]
@@ -85,8 +92,7 @@ def test_equals_the_dense_float64_reference(
         label_smoothing=smoothing, distillation_weight=distillation, z_loss_weight=z_loss, backend="torch"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_m3bert, "_CPU_COLUMN", 32)
-        patch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * classes * 8)
+        divide(patch, room)
         loss, nlls, hits = linear_cross_entropy(features, weight, bias, rows, options)
     grads = torch.autograd.grad(loss * upstream, [*features, weight, bias])
     doubles = [x.detach().double().requires_grad_() for x in (*features, weight, bias)]
@@ -101,6 +107,48 @@ def test_equals_the_dense_float64_reference(
         dense = torch.nn.functional.cross_entropy(logits, group.targets, reduction="none")
         torch.testing.assert_close(nll.double(), dense, atol=tolerance, rtol=tolerance)
         assert torch.equal(hit, logits.argmax(dim=1) == group.targets) or classes == 1
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
+@pytest.mark.parametrize("distillation", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [[32, 12], [8, 4]])
+def test_any_part_may_be_frozen_and_the_decoder_wider_than_all(needed, distillation, dtype, widths):
+    features, weight, bias, rows = problem(3, [40, 70], [*widths], 300)
+    weight = torch.cat([weight, torch.randn(300, 40 - widths[0])], dim=1).detach()
+    weight, options = (weight * 0.3).requires_grad_(), MLMLossOptions(distillation_weight=distillation)
+    inputs = [(x.detach() * 0.5).requires_grad_(needed[0]) for x in features]
+    inputs += [weight.requires_grad_(needed[1]), bias.requires_grad_(needed[2])]
+    wanted = [x for x in inputs if x.requires_grad]
+    expected = torch.autograd.grad(
+        naive(inputs[:2], inputs[2], inputs[3], rows, options), wanted, materialize_grads=True
+    )
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype.itemsize == 2):
+        kind = dtype if dtype == torch.float64 else torch.float32
+        moved = [x.detach().to(kind).requires_grad_(x.requires_grad) for x in inputs]
+        loss, *_ = linear_cross_entropy(moved[:2], moved[2], moved[3], rows, options)
+        with torch.no_grad():
+            plain, *_ = linear_cross_entropy(moved[:2], moved[2], moved[3], rows, options)
+    torch.testing.assert_close(plain, loss.detach(), atol=1e-5, rtol=1e-5)
+    got = torch.autograd.grad(loss, [x for x in moved if x.requires_grad])
+    tolerance = 1e-5 if dtype.itemsize > 2 else 2e-2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b.to(kind), atol=tolerance * b.abs().max().item(), rtol=tolerance)
+
+
+def test_float16_holds_the_small_probabilities_of_a_large_vocabulary():
+    features, weight, bias, rows = problem(4, [8], [16], 50_000)
+    weight, bias = weight.detach() * 0.05, bias.detach() * 0.05
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        x = features[0].detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            # A decoder without gradient keeps nothing, and all is computed again.
+            loss, *_ = linear_cross_entropy([x], weight, bias, rows)
+        grads.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(grads[1], grads[0], atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,38 +209,39 @@ def test_cuda_agrees_with_the_cpu(backend, dtype):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def test_no_tensor_of_tokens_by_classes_is_made(monkeypatch):
-    """The one large buffer holds a chunk, whatever the number of granularities and of rows."""
-    sizes = []
-    real = torch.Tensor.new_empty
-
-    def watched(self, *shape, **kwargs):
-        result = real(self, *shape, **kwargs)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", watched)
-    monkeypatch.setattr(loss_m3bert, "_CPU_CHUNK", 16 * 200 * 4)
-    largest = []
-    for granularities, count in ((1, 30), (12, 30), (12, 90)):
-        sizes.clear()
-        features, weight, bias, rows = problem(0, [count] * granularities, [8] * granularities, 200)
-        linear_cross_entropy(features, weight, bias, rows)[0].backward()
-        largest.append(max(sizes))
-    assert set(largest) == {16 * 200}
+def allocated(work):
+    """The most bytes that torch holds at once of those that it allocates during `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@given(rows=st.integers(0, 2000), chunk=st.integers(2, 20))
-def test_chunks_cover_the_rows_and_no_pass_is_spent_on_a_few(rows, chunk):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_m3bert, "_CPU_CHUNK", chunk * 16 * 10 * 4)
-        decoder = loss_m3bert._Decoder(torch.zeros(10, 2), torch.zeros(10), torch.float32, loss_m3bert.exponentiate)
-    parts = decoder.chunks(rows)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_memory_grows_neither_with_granularities_nor_with_classes(monkeypatch, mixed):
+    """Beside the decoder's gradient there is one workspace, which neither number moves."""
+    monkeypatch.setattr(loss_m3bert, "_CPU_WORKSPACE", 2**21)
+    monkeypatch.setattr(loss_m3bert, "_COPIED", 64)
+    monkeypatch.setattr(loss_m3bert, "_CPU_ROWS", 64)
+    extra = []
+    for granularities, classes in ((1, 20_000), (12, 20_000), (12, 60_000)):
+        features, weight, bias, rows = problem(0, [40] * granularities, [64] * granularities, classes)
+
+        def work(inputs=(features, weight, bias, rows)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                linear_cross_entropy(*inputs)[0].backward()
+
+        extra.append(allocated(work) - weight.nbytes - bias.nbytes)
+    assert max(extra) <= 1.25 * 2**21 < 60_000 * 40 * 2
+
+
+@given(rows=st.integers(0, 2000), size=st.integers(1, 20))
+def test_parts_cover_the_rows_evenly(rows, size):
+    parts = loss_m3bert._parts(rows, 16 * size)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
-    # As few passes over the decoder as can be, none of them for a few rows beside full chunks.
-    assert len(sizes) == -(-rows // (chunk * 16)) and max(sizes, default=0) <= chunk * 16
-    assert len(sizes) < 2 or min(sizes) >= chunk * 4 or max(sizes) - min(sizes) <= 32
+    assert len(sizes) == -(-rows // (16 * size)) and max(sizes, default=0) <= 16 * size
+    assert not sizes or max(sizes) - min(sizes) <= 32
     assert all(part.start % 16 == 0 for part in parts)
 
 
@@ -393,6 +442,7 @@ def test_labels_outside_the_vocabulary_are_named():
         ({"stochastic_granularities": 10}, "within 1 and 9, got 10"),
         ({"label_smoothing": 1.5}, "`label_smoothing` must be within"),
         ({"granularities": [(1, 8), (1, 8)]}, "without repetition"),
+        ({"granularities": [(4, 8), (1, 20)], "distillation_weight": 0.3}, "the deepest granularity, \\(4, 8\\)"),
         ({"backend": "cuda"}, "`backend` must be one of"),
     ],
 )

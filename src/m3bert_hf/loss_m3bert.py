@@ -1,11 +1,12 @@
 """The multigranular masked-language-model loss: one cross entropy for every (exit layer, first d dimensions).
 
-The decoder is by far the largest matrix product of the model (250,002 classes in the base size), so three things keep
-it small. Only labelled tokens are scored. Their logits exist for one chunk of tokens at a time, in one buffer that all
-granularities share: memory depends on the size of the chunk, not on the number of granularities. And the forward pass
-computes the gradients while it has the exponentials of the chunk, so that no logit is computed twice: three matrix
-products in place of four. Measured at base size on a CPU, this beats recomputing the logits in the backward pass
-(`benchmarks/pretraining.py`).
+The decoder is by far the largest matrix product of the model (250,002 classes in the base size), so four things keep
+it small. Only labelled tokens are scored. The decoder is read in blocks of classes, twice, once for the normalisers of
+all granularities and once for their gradients: each block is cast, and its gradient written, once for all of them.
+Gradients are computed on the way forward. And the exponentials of the first pass wait for the second in the memory of
+the decoder's gradient, which is written from its start while they are read towards its end: logits need memory for one
+block alone. What has no room there (a gradient of 768 columns in float32 holds the exponentials of 1,344 rows in
+bfloat16) is computed a second time. Measured at base size on a CPU, this beats other orders (docs/pretraining.md).
 """
 
 import functools
@@ -24,14 +25,14 @@ from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
-# Bytes of logits that exist at once. On a CPU, of a vocabulary of 250,002, 112 rows in float32 and 240 in bfloat16:
-# enough for matrix products to run at three quarters of their full rate; on a GPU a product needs more rows for it.
-_CPU_CHUNK = 121_000_000
-_GPU_CHUNK = 2**28
-# A block of classes, whose logits are written, exponentiated and summed before the next ones are touched: at most so
-# much of logits (on a CPU bytes, which fit into a cache; on a GPU numbers) and so many classes.
-_CPU_BLOCK, _CPU_COLUMN = 2**22, 2**13
-_GPU_BLOCK, _GPU_COLUMN = 2**25, 2**15
+# Rows that are multiplied together, and bytes of all memory beside the decoder's gradient: blocks have as many
+# classes, in these steps, as fit into it, however few the rows are. On a CPU, larger blocks leave the cache.
+_CPU_ROWS, _GPU_ROWS = 256, 1024
+_CPU_WORKSPACE, _GPU_WORKSPACE = 2**26, 2**28
+_STEP = 2**11
+# Share of the decoder's gradient that exponentials may fill: the fuller, the smaller are the blocks near its end, lest
+# they be written over what is kept of them. Blocks of less than four times so many classes are copied instead.
+_ROOM, _COPIED = 7 / 8, 2**10
 # MKL and cuBLAS lose up to a third of their speed on rows that are not aligned.
 _ALIGNMENT = 16
 _LOG2_E = 1.0 / math.log(2.0)
@@ -117,6 +118,12 @@ class MLMLossOptions:
                 f"`granularity_weights` has {len(self.granularity_weights)} values, but there are {len(pairs)} "
                 f"granularities: {pairs}."
             )
+        teacher, widest = max(pairs), max(dimension for _, dimension in pairs)
+        if self.distillation_weight and teacher[1] < widest:
+            raise ValueError(
+                f"The teacher of `distillation_weight` is the deepest granularity, {teacher}, and must be as wide as "
+                f"any: add ({teacher[0]}, {widest}) to `granularities`."
+            )
         drawn = self.stochastic_granularities
         if drawn is not None and not 1 <= drawn <= len(pairs):
             raise ValueError(f"`stochastic_granularities` must be within 1 and {len(pairs)}, got {drawn}.")
@@ -155,86 +162,98 @@ class ScoredRows:
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-# ---------------------------------------------------------------------- logits, one chunk at a time
+# ---------------------------------------------------------------------- logits, one block of classes at a time
 
 
 class _Decoder:
-    """The decoder in blocks of classes, cast to the dtype of the computation one block at a time."""
+    """The decoder's first columns in blocks of classes, cast to the dtype of the computation.
+
+    What its methods return is valid until another is called, but for blocks and exponentials, which are so until the
+    same one is: memory that is used again and again stays in the cache.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, exponentiate: Callable):
         self.weight, self.bias, self.dtype, self.exponentiate = weight, bias, dtype, exponentiate
         self.classes = weight.shape[0]
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
         gpu = weight.device.type == "cuda"
-        self.block_size, self.most_classes = _GPU_BLOCK, _GPU_COLUMN
-        if not gpu:
-            self.block_size, self.most_classes = _CPU_BLOCK // dtype.itemsize, _CPU_COLUMN
-        # Memory that is used again and again stays in the cache.
-        self._scratch = self._cast = self._product = torch.empty(0)
-        rows = (_GPU_CHUNK if gpu else _CPU_CHUNK) // (max(self.classes, 1) * dtype.itemsize)
-        self.rows_per_chunk = max(rows // _ALIGNMENT, 1) * _ALIGNMENT
+        self.rows_at_once, self.workspace = (_GPU_ROWS, _GPU_WORKSPACE) if gpu else (_CPU_ROWS, _CPU_WORKSPACE)
+        self.memory: dict[str, torch.Tensor] = {}
 
-    def blocks(self, rows: int) -> list[tuple[int, int]]:
-        """Return the bounds of the blocks of classes for a chunk of so many rows."""
-        size = max(min(self.block_size // max(rows, 1), self.most_classes) // 32, 1) * 32
-        return [(start, min(start + size, self.classes)) for start in range(0, self.classes, size)]
-
-    def widened(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return low-precision logits in float32, in memory that is used again and again."""
-        if logits.dtype not in (torch.bfloat16, torch.float16):
-            return logits
-        return self.float_scratch(logits.numel()).view(logits.shape).copy_(logits)
-
-    def float_scratch(self, size: int) -> torch.Tensor:
-        """Return memory for so many float32 numbers, valid until the next call."""
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.float32, device=self.weight.device)
-        return self._scratch[:size]
-
-    def block(self, start: int, end: int, width: int) -> torch.Tensor:
-        """Return the first `width` columns of a block [classes, width], valid until the next block is asked for."""
-        block = self.weight[start:end, :width]
+    def block(self, start: int, end: int, widths: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return the first columns of a block of classes [classes, width], for each of these widths."""
+        block, widest = self.weight[start:end, : max(widths, default=0)], max(widths, default=0)
         if block.dtype == self.dtype:
-            return block
-        if block.device.type == "cpu" and block.dtype == torch.float32 and width < self.weight.shape[1]:
+            return {width: block[:, :width] for width in widths}
+        if block.device.type == "cpu" and block.dtype == torch.float32 and widest < self.weight.shape[1]:
             # A CPU casts whole rows faster than a third of each, and small parts faster once they are together.
-            if width * 3 >= self.weight.shape[1]:
+            if widest * 3 >= self.weight.shape[1]:
                 block = self.weight[start:end]
             else:
-                block = self.float_scratch(block.numel()).view(block.shape).copy_(block)
-        if self._cast.numel() < block.numel():
-            self._cast = torch.empty(block.numel(), dtype=self.dtype, device=block.device)
-        return self._cast[: block.numel()].view(block.shape).copy_(block)[:, :width]
+                block = self._floats(block.numel()).view(block.shape).copy_(block)
+        cast = self._memory("cast", block.numel(), self.dtype).view(block.shape).copy_(block)
+        # A product would copy what is not contiguous, and a transposed one slowly.
+        return {width: cast if width == cast.shape[1] else self._narrow(cast, width) for width in widths}
 
-    def logits(self, x: torch.Tensor, start: int, end: int, out: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a block without its bias [classes, rows]: `out`, or memory of their own."""
-        block = self.block(start, end, x.shape[1])
+    def _narrow(self, block: torch.Tensor, width: int) -> torch.Tensor:
+        shape = block.shape[0], width
+        return self._memory(str(width), math.prod(shape), self.dtype).view(shape).copy_(block[:, :width])
+
+    def logits(self, block: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits of a block without its bias [classes, rows], float32 or float64; perhaps in `out`."""
         plain = block.dtype != torch.float32 or block.device.type != "cpu" or not block.is_contiguous()
         if not plain and torch.backends.mkldnn.enabled and _onednn_product():
             # oneDNN does not copy the block, which is the larger factor, before it multiplies; MKL does.
             return torch.ops.mkldnn._linear_pointwise(block, x, None, "none", [], "")
-        return torch.mm(block, x.T, out=out)
+        if out is not None and out.dtype == self.exact and out.shape[1] == x.shape[0]:
+            return torch.mm(block, x.T, out=out)
+        product = self.product(block, x.T)
+        if product.dtype == self.exact:
+            return product
+        return self._floats(product.numel()).view(product.shape).copy_(product)
+
+    def exponentials(
+        self, block: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, largest: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `exp(logit - largest)` of a block of classes [classes, rows].
+
+        Args:
+            block: [classes, width].
+            bias: [classes].
+            x: Features [rows, width].
+            largest: Largest logit of each row within the block [rows], in base 2.
+        """
+        logits = self.logits(block, x)
+        torch.add(bias.to(logits.dtype)[:, None] * _LOG2_E, logits, alpha=_LOG2_E, out=logits)
+        logits.sub_(largest).exp2_()
+        if logits.dtype == self.dtype:
+            return logits
+        return self._memory("exponentials", logits.numel(), self.dtype).view(logits.shape).copy_(logits)
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return `left @ right` in memory that is used again and again."""
-        size = left.shape[0] * right.shape[1]
-        if self._product.numel() < size:
-            self._product = torch.empty(size, dtype=self.dtype, device=left.device)
-        return torch.mm(left, right, out=self._product[:size].view(left.shape[0], right.shape[1]))
+        """Return `left @ right`."""
+        shape = left.shape[0], right.shape[1]
+        return torch.mm(left, right, out=self._memory("product", math.prod(shape), self.dtype).view(shape))
 
-    def chunks(self, rows: int) -> list[slice]:
-        """Return full chunks and what is left; equal parts where that would not be worth a pass over the decoder."""
-        size = self.rows_per_chunk
-        if 0 < rows % size < size // 4:
-            units, passes = -(-rows // _ALIGNMENT), -(-rows // size)
-            bounds = [min(units * index // passes * _ALIGNMENT, rows) for index in range(passes + 1)]
-            return [slice(start, end) for start, end in pairwise(bounds)]
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    def add(self, out: torch.Tensor, product: torch.Tensor, unit: float, written: bool) -> None:
+        """Add a multiple of `product` to `out`, of a higher precision, or write it there."""
+        if not written:
+            out.copy_(product)
+            if unit != 1.0:
+                out.mul_(unit)
+            return
+        # A sum of two dtypes would cast all of the product at once, into memory of its own.
+        size = max(self.memory["floats"].numel() // product.shape[1], 1)
+        for here, part in zip(out.split(size), product.split(size), strict=True):
+            here.add_(self._floats(part.numel()).view(part.shape).copy_(part), alpha=unit)
 
-    def buffer(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return room for the exponentials of the largest chunk."""
-        largest = max((part.stop - part.start for count in rows for part in self.chunks(count)), default=0)
-        return self.weight.new_empty(_aligned(largest) * self.classes, dtype=self.dtype)
+    def _floats(self, size: int) -> torch.Tensor:
+        return self._memory("floats", size, torch.float32)
+
+    def _memory(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = torch.empty(size, dtype=dtype, device=self.weight.device)
+        return self.memory[name][:size]
 
 
 @functools.cache
@@ -254,19 +273,6 @@ def _onednn_product() -> bool:
         return False
 
 
-@dataclass
-class _Scores:
-    """A chunk of rows after its logits; normaliser (log of the sum), label's logit and whether none is larger [rows].
-
-    The buffer holds `exp(logit - largest in the block)`; `factors[block]` [rows] turns these into probabilities.
-    """
-
-    normalizer: torch.Tensor
-    target_logit: torch.Tensor
-    hit: torch.Tensor
-    factors: torch.Tensor
-
-
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -276,8 +282,11 @@ def _pad(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
 
-def _view(buffer: torch.Tensor, start: int, end: int, rows: int) -> torch.Tensor:
-    return buffer[start * rows : end * rows].view(end - start, rows)
+def _parts(rows: int, size: int) -> list[slice]:
+    """Return slices of about equal size, as few as there can be."""
+    units, count = -(-rows // _ALIGNMENT), max(-(-rows // size), 1)
+    bounds = [min(units * index // count * _ALIGNMENT, rows) for index in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(bounds) if start < end]
 
 
 def _column_max(values: torch.Tensor) -> torch.Tensor:
@@ -289,27 +298,25 @@ def _column_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def exponentiate(
-    wide: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, product: torch.Tensor | None = None
+    logits: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add the bias to a block of logits and replace them by `exp(logit - largest of the row)`, in place.
 
     Computed in base 2, whose exponential is twice as fast on a CPU.
 
     Args:
-        wide: Product of a block of the decoder with the features [classes, rows], float32 or float64.
+        logits: Product of a block of the decoder with the features [classes, rows], float32 or float64.
         bias: [classes].
         target: A class of each row, counted within the block [rows].
-        product: Where the product is, if it is not in `wide`, which is then only written.
 
     Returns:
         Largest logit, sum of the exponentials, and logit of `target` [rows]; logits in base 2.
     """
-    product = wide if product is None else product
-    torch.add(bias.to(wide.dtype)[:, None] * _LOG2_E, product, alpha=_LOG2_E, out=wide)
-    value = wide.gather(0, target[None])[0]
-    largest = _column_max(wide)
-    wide.sub_(largest).exp2_()
-    return largest, wide.sum(dim=0), value
+    torch.add(bias.to(logits.dtype)[:, None] * _LOG2_E, logits, alpha=_LOG2_E, out=logits)
+    value = logits.gather(0, target[None])[0]
+    largest = _column_max(logits)
+    logits.sub_(largest).exp2_()
+    return largest, logits.sum(dim=0), value
 
 
 @functools.cache
@@ -323,38 +330,57 @@ def _choose_exponentiate(backend: str, device: torch.device) -> Callable:
     return _compiled_exponentiate() if backend == "inductor" else exponentiate
 
 
-def _score(decoder: _Decoder, x: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor | None) -> _Scores:
-    """Compute the logits of a chunk of features [rows, width]; without a buffer, no exponentials are kept."""
-    rows = x.shape[0]
-    largest, sums, label = [], [], x.new_zeros(rows, dtype=decoder.exact)
-    for start, end in decoder.blocks(rows):
-        out = x.new_empty(end - start, rows) if buffer is None else _view(buffer, start, end, rows)
-        product = decoder.logits(x, start, end, out)
-        inside = (targets - start).clamp(0, end - start - 1)
-        wide = decoder.widened(out)
-        apart = {} if product is out else {"product": product}
-        top, total, value = decoder.exponentiate(wide, decoder.bias[start:end], inside, **apart)
-        if buffer is not None and wide is not out:
-            out.copy_(wide)
-        label = torch.where(targets - start == inside, value, label)
-        largest.append(top)
-        sums.append(total)
-    tops = torch.stack(largest)
-    best = tops.amax(dim=0)
-    normalizer = best + (torch.stack(sums) * (tops - best).exp2()).sum(dim=0).log2()
-    return _Scores(normalizer / _LOG2_E, label / _LOG2_E, label >= best, (tops - normalizer).exp2())
+# ---------------------------------------------------------------------- loss and gradients of all rows
 
 
-# ---------------------------------------------------------------------- loss and gradients of the chunks
+@dataclass
+class _Part:
+    """Rows of one group that are multiplied together, and what is known of them; padded to a multiple of 16 rows.
+
+    Attributes:
+        group: Index of the group.
+        rows: Which of its rows.
+        x: Features [rows, width].
+        targets: Classes [rows].
+        kept: Of how many rows the exponentials are kept.
+        offset: For each class, the numbers that are kept before these.
+        tops: For each block of classes, the largest logit [rows].
+        sums: For each block, the sum of `exp(logit - largest)` [rows].
+        label: Logit of the target [rows].
+        normalizer: Logarithm of the sum over all classes [rows]. All logits are in base 2.
+        right: What the probabilities are multiplied with for the decoder's gradient [rows, width] once each row is
+            scaled by `scale` [rows]; `right_bias` [rows] for its bias.
+        units: What products with `right` and with `right_bias` have to be multiplied with after them.
+    """
+
+    group: int
+    rows: slice
+    x: torch.Tensor
+    targets: torch.Tensor
+    label: torch.Tensor
+    kept: int = 0
+    offset: int = 0
+    tops: list[torch.Tensor] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    normalizer: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    right: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    scale: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    right_bias: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    units: tuple[float, ...] = (1.0, 1.0)
+
+    @property
+    def size(self) -> int:
+        """Rows without those that pad."""
+        return self.rows.stop - self.rows.start
 
 
 class _Accumulator:
-    """Loss and gradients of all rows, added up chunk by chunk.
+    """Loss and gradients of all rows.
 
     A row's loss is `lse + zeta lse^2 - h z_y - u mean(z) - q E_q[z - log q]`, with shares h + u + q = 1 of its label
     y, of the uniform distribution and of the teacher's distribution q. Its gradient by the logits is therefore
-    `(1 + 2 zeta lse) p - h 1_y - u / classes - q`: the first and the last term are products with exponentials that
-    the buffer holds when the row, and when its teacher, is scored; the others are sparse, or equal for all classes.
+    `(1 + 2 zeta lse) p - h 1_y - u / classes - q`: the first and the last term are products with probabilities that
+    the row, and its teacher, have at hand; the others are sparse, or equal for all classes.
     """
 
     def __init__(self, decoder: _Decoder, features, rows: Sequence[ScoredRows], options: MLMLossOptions, needs):
@@ -363,22 +389,57 @@ class _Accumulator:
         self.weights = [group.weights.to(decoder.exact) for group in rows]
         weight, bias, exact = decoder.weight, decoder.bias, decoder.exact
         self.differentiate = any(needs)
-        # Chunk after chunk is added to the decoder's gradient: in low precision, sums would lose what each adds.
+        # Products of many parts are added up: in low precision, sums would lose what each adds.
         low = weight.dtype in (torch.bfloat16, torch.float16)
-        self.grad_weight = torch.empty_like(weight, dtype=exact if low else None) if needs[0] else None
-        self.written = 0
+        self.grad_weight = None
+        if needs[0]:
+            self.grad_weight = torch.empty(weight.shape, dtype=exact if low else weight.dtype, device=weight.device)
         self.grad_bias = torch.zeros_like(bias, dtype=exact) if needs[1] else None
         self.grads = [torch.zeros_like(x, dtype=exact) for x in self.features]
         self.loss = torch.zeros((), dtype=exact, device=weight.device)
         self.nlls = [torch.zeros_like(w) for w in self.weights]
         self.hits = [torch.zeros_like(w, dtype=torch.bool) for w in self.weights]
-        self.buffer = torch.empty(0)
-        if self.differentiate or options.distillation_weight:
-            self.buffer = decoder.buffer([x.shape[0] for x in self.features])
         if options.label_smoothing:
             self.mean_weight, self.mean_bias = weight.mean(0, dtype=exact), bias.mean(dtype=exact)
+            # What every row of the decoder's gradient loses.
+            self.spread = torch.zeros_like(self.mean_weight)
         if options.distillation_weight:
             self._ask_teacher()
+        self.parts = self._divide()
+        self.widths = sorted({part.x.shape[1] for part in self.parts}, reverse=True)
+        self.kept = self._find_room()
+
+    def _divide(self) -> list[_Part]:
+        """Return all rows in parts: the teacher's first, then the widest, whose products cost most.
+
+        The first part is the widest in any case: what it writes to the decoder's gradient, others add to.
+        """
+        order = range(len(self.features))
+        parts = []
+        for index in sorted(order, key=lambda i: (not self._teaches(i), -self.features[i].shape[1])):
+            for rows in _parts(self.features[index].shape[0], self.decoder.rows_at_once):
+                x, y = _pad(self.features[index][rows]), _pad(self.rows[index].targets[rows])
+                parts.append(_Part(index, rows, x, y, x.new_zeros(x.shape[0], dtype=self.decoder.exact)))
+        return parts
+
+    def _find_room(self) -> torch.Tensor:
+        """Choose the rows whose exponentials are kept, and return their memory: the end of the decoder's gradient."""
+        self.kept_each = 0
+        if self.grad_weight is None:
+            return torch.empty(0)
+        numbers = self.grad_weight.view(-1).view(self.decoder.dtype)
+        room, taken = int(numbers.numel() / max(self.decoder.classes, 1) * _ROOM) // _ALIGNMENT * _ALIGNMENT, 0
+        for part in self.parts:
+            part.kept, part.offset = min(part.x.shape[0], room - taken), taken
+            if part.kept < part.x.shape[0] and self.decoder.dtype != self.decoder.exact:
+                # Products of further sizes, for which oneDNN generates code, would cost more than is saved.
+                part.kept = 0
+            taken += part.kept
+        self.kept_each = taken
+        return numbers[numbers.numel() - taken * self.decoder.classes :]
+
+    def _teaches(self, index: int) -> bool:
+        return bool(self.options.distillation_weight) and index == 0
 
     def _ask_teacher(self) -> None:
         """Sum over each token's students their weighted features [tokens, width] and weights [tokens].
@@ -396,17 +457,76 @@ class _Accumulator:
         self.taught_weight = torch.zeros_like(self.asked_weight)
         self.taught_bias, self.negative_entropy = torch.zeros_like(self.asked_bias), torch.zeros_like(self.asked_bias)
 
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Return the bounds of the blocks of classes: as many classes as the workspace has memory for."""
+        rows = max((part.x.shape[0] for part in self.parts), default=0)
+        again = any(part.kept < part.x.shape[0] for part in self.parts)
+        size, exact = self.decoder.dtype.itemsize, self.decoder.exact.itemsize
+        numbers = sum((part.size + part.x.shape[0]) * part.x.shape[1] for part in self.parts)
+        taken = numbers * (size + exact) // 2 + self.kept_each * size * 4 * _COPIED
+        if size == exact:
+            each = (1 + (again or len(self.widths) > 1)) * rows * size
+        else:
+            product = max(max(self.widths, default=0) + _ALIGNMENT, rows)
+            cast = sum(self.widths) + self.decoder.weight.shape[1] - max(self.widths, default=0)
+            each = (cast + product + again * rows) * size + rows * exact
+        most = max(self.decoder.workspace - taken, self.decoder.workspace // 4) // max(each, 1)
+        if self.decoder.dtype == torch.float16:
+            # A sum of so many numbers of at most 1 stays below the largest that float16 holds.
+            most = min(most, 2**15)
+        count, bounds = max(most // _STEP, 1) * _STEP, [0]
+        filled = self.kept.nbytes / max(self.grad_weight.nbytes, 1) if self.grad_weight is not None else 0.0
+        while bounds[-1] < self.decoder.classes:
+            # What is written up to the end of a block must not reach what is kept of its first class. Few sizes, since
+            # oneDNN generates code for each.
+            room = (1.0 - filled) * (self.decoder.classes - bounds[-1]) if filled else math.inf
+            while count % 4 == 0 and count >= 4 * _COPIED and count > room:
+                count //= 4
+            bounds.append(min(bounds[-1] + count, self.decoder.classes))
+        return list(pairwise(bounds))
+
     def run(self) -> None:
-        """Score and differentiate everything, the teacher first."""
-        order = [index for index, x in enumerate(self.features) if x.shape[0]]
-        if not self.options.distillation_weight:
-            order.sort(key=lambda index: -self.features[index].shape[1])
-        if self.grad_weight is not None:
-            # What the first product will not write.
-            self.grad_weight[:, self.features[order[0]].shape[1] if order else 0 :] = 0
-        for index in order:
-            for part in self.decoder.chunks(self.features[index].shape[0]):
-                self._add(index, part)
+        """Score and differentiate everything."""
+        blocks = self._blocks()
+        for start, end in blocks:
+            self._score(start, end)
+        for part in self.parts:
+            self._normalize(part)
+        if self.differentiate or self.options.distillation_weight:
+            for index, (start, end) in enumerate(blocks):
+                self._multiply(index, start, end)
+        for part in self.parts:
+            self._finish(part)
+        if self.options.label_smoothing and self.grad_weight is not None:
+            self.grad_weight -= self.spread.to(self.grad_weight.dtype)
+
+    def _held(self, part: _Part, memory: torch.Tensor, classes: int) -> torch.Tensor | None:
+        """Return the part's exponentials [classes, kept rows] within the memory of a block."""
+        if not part.kept:
+            return None
+        return memory[part.offset * classes : (part.offset + part.kept) * classes].view(classes, part.kept)
+
+    def _block(self, start: int, end: int) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Return a block of the decoder for each width, what is kept of it, and its bias."""
+        kept = self.kept[start * self.kept_each : end * self.kept_each]
+        return self.decoder.block(start, end, self.widths), kept, self.decoder.bias[start:end]
+
+    def _score(self, start: int, end: int) -> None:
+        """Compute the logits of a block of classes, and keep their exponentials."""
+        block, memory, bias = self._block(start, end)
+        for part in self.parts:
+            self._exponentiate(part, block[part.x.shape[1]], bias, start, self._held(part, memory, end - start))
+
+    def _exponentiate(self, part: _Part, block, bias, start: int, held: torch.Tensor | None) -> None:
+        """Compute a part's logits of a block of classes."""
+        logits = self.decoder.logits(block, part.x, held)
+        inside = (part.targets - start).clamp(0, block.shape[0] - 1)
+        top, total, value = self.decoder.exponentiate(logits, bias, inside)
+        if held is not None and held.data_ptr() != logits.data_ptr():
+            held.copy_(logits[:, : part.kept])
+        part.label = torch.where(part.targets - start == inside, value, part.label)
+        part.tops.append(top)
+        part.sums.append(total)
 
     def _shares(self, index: int) -> tuple[float, float, float]:
         """Return the shares of label, uniform distribution and teacher in the targets of a group."""
@@ -414,96 +534,128 @@ class _Accumulator:
         uniform = (1.0 - soft) * self.options.label_smoothing
         return 1.0 - soft - uniform, uniform, soft
 
-    def _add(self, index: int, part: slice) -> None:
-        group, w = self.rows[index], self.weights[index][part]
-        x, y = self.features[index][part], group.targets[part]
-        size, width = x.shape
-        teaches = bool(self.options.distillation_weight) and index == 0
+    def _normalize(self, part: _Part) -> None:
+        """Find the normalisers of a part's rows, and what its probabilities are to be multiplied with."""
+        tops, index = torch.stack(part.tops), part.group
+        best = tops.amax(dim=0)
+        part.normalizer = best + (torch.stack(part.sums) * (tops - best).exp2()).sum(dim=0).log2()
+        lse = part.normalizer / _LOG2_E
+        self.nlls[index][part.rows] = (lse - part.label / _LOG2_E)[: part.size]
+        self.hits[index][part.rows] = (part.label >= best)[: part.size]
+        # By the logits, the gradient is `scale` times the probabilities, less the targets.
+        part.scale = _pad(self.weights[index][part.rows]) * (1.0 + 2.0 * self.options.z_loss_weight * lse)
+        part.right, part.right_bias = part.x, part.scale
+        if self._teaches(index):
+            part.right = part.x * part.scale[:, None] - _pad(self.asked_weight[part.rows])
+            part.right_bias = part.scale - _pad(self.asked_bias[part.rows])
+            part.scale = torch.ones_like(part.scale)
+        # float16 would lose the small weight that one token has in a large batch: it is put back afterwards.
+        if self.decoder.dtype == torch.float16:
+            right = part.right * part.scale[:, None]
+            largest = torch.stack([right.abs().amax(), part.right_bias.abs().amax()])
+            part.units = tuple(largest.clamp_min(1e-30).tolist())
+        part.scale, part.right_bias = part.scale / part.units[0], part.right_bias / part.units[1]
+
+    def _multiply(self, index: int, start: int, end: int) -> None:
+        """Multiply the probabilities of a block of classes with the decoder, and into its gradient."""
+        block, memory, bias = self._block(start, end)
+        out = grad_bias = None
+        if self.grad_bias is not None:
+            grad_bias = self.grad_bias[start:end]
+        if self.grad_weight is not None:
+            out = self.grad_weight[start:end]
+            if memory.numel() and out.data_ptr() + out.nbytes > memory.data_ptr():
+                # What is kept of this block is about to be written over.
+                memory = memory.clone()
+        written = 0
+        for part in self.parts:
+            if not self.differentiate and not self._teaches(part.group):
+                continue
+            width, held = part.x.shape[1], self._held(part, memory, end - start)
+            for rows in (slice(0, part.kept), slice(part.kept, part.x.shape[0])):
+                if rows.start == rows.stop:
+                    continue
+                top = part.tops[index][rows]
+                if held is not None and rows.start == 0:
+                    values = held
+                else:
+                    values = self.decoder.exponentials(block[width], bias, part.x[rows], top)
+                # Makes probabilities of them, which float16 could not hold.
+                factor = (top - part.normalizer[rows]).exp2()
+                real = slice(part.rows.start + rows.start, min(part.rows.start + rows.stop, part.rows.stop))
+                count = real.stop - real.start
+                mean = _transposed_product(values, block[width]) * factor[:, None]
+                self.grads[part.group][real] += mean[:count]
+                if self._teaches(part.group):
+                    self.taught_bias[real] += ((bias.to(values.dtype) @ values) * factor)[:count]
+                right = part.right[rows] * (part.scale[rows] * factor)[:, None]
+                right_bias = part.right_bias[rows] * factor
+                self._add_products(out, grad_bias, values, right, right_bias, part.units, bool(written))
+                written = max(written, width)
+        if out is not None:
+            out[:, written:] = 0
+
+    def _add_products(self, out, grad_bias, values, right, right_bias, units, written: bool) -> None:
+        """Add to a block of the decoder's gradients; the first product is written there, without zeros before it."""
+        width, dtype = right.shape[1], values.dtype
+        if dtype == self.decoder.exact:
+            if grad_bias is not None:
+                grad_bias += values @ right_bias
+            if out is None:
+                return
+            if written:
+                out[:, :width].addmm_(values, right)
+            else:
+                torch.mm(values, right, out=out[:, :width])
+            return
+        if out is None and grad_bias is None:
+            return
+        # The bias is one more column, or in low precision 16, since less is lost by rounding from a part of the sum.
+        columns = torch.diag_embed(right_bias.view(-1, _ALIGNMENT)).view(-1, _ALIGNMENT)
+        rights = ([] if out is None else [right]) + ([] if grad_bias is None else [columns])
+        product = self.decoder.product(values, torch.cat(rights, dim=1).to(dtype))
+        if grad_bias is not None:
+            grad_bias.add_(product[:, -_ALIGNMENT:].sum(1, dtype=grad_bias.dtype), alpha=units[1])
+        if out is not None:
+            self.decoder.add(out[:, :width], product[:, :width], units[0], written)
+
+    def _finish(self, part: _Part) -> None:
+        """Add to the loss, and to the gradients what the targets add to them."""
+        index, rows, group = part.group, part.rows, self.rows[part.group]
+        w, y, x = self.weights[index][rows], group.targets[rows], self.features[index][rows]
+        x, width = x.to(w.dtype), x.shape[1]
         hard, uniform, soft = self._shares(index)
-        scores = _score(self.decoder, _pad(x), _pad(y), self.buffer if self.buffer.numel() else None)
-        low_x, x = x, x.to(w.dtype)
-        lse, label = scores.normalizer[:size], scores.target_logit[:size]
-        self.nlls[index][part], self.hits[index][part] = lse - label, scores.hit[:size]
-        value = lse + self.options.z_loss_weight * lse.square() - hard * label
+        lse, label = (values[: part.size] / _LOG2_E for values in (part.normalizer, part.label))
+        zeta, grad = self.options.z_loss_weight, self.grads[index][rows]
+        value = lse + zeta * lse.square() - hard * label
         if uniform:
             value = value - uniform * (x @ self.mean_weight[:width] + self.mean_bias)
         if soft:
-            tokens = group.tokens[part]
+            tokens = group.tokens[rows]
             taught = self.taught_weight[tokens, :width]
             value = value + soft * (self.negative_entropy[tokens] - (x * taught).sum(1) - self.taught_bias[tokens])
         self.loss += (value * w).sum()
-        if not self.differentiate and not teaches:
-            return
-        # By the logits, the gradient is `scale` times the probabilities, less the targets.
-        scale = w * (1.0 + 2.0 * self.options.z_loss_weight * lse)
-        right, right_bias = x * scale[:, None], scale
-        if teaches:
-            right, right_bias = right - self.asked_weight[part], right_bias - self.asked_bias[part]
-        mean_weight, mean_bias = self._multiply(scores, low_x, right, right_bias, teaches)
-        if teaches:
-            self.taught_weight[part], self.taught_bias[part] = mean_weight, mean_bias
-            self.negative_entropy[part] = (x * mean_weight).sum(1) + mean_bias - lse
+        if self._teaches(index):
+            self.taught_weight[rows] = grad
+            self.negative_entropy[rows] = (x * grad).sum(1) + self.taught_bias[rows] - lse
         if not self.differentiate:
             return
-        grad = mean_weight * scale[:, None]
+        # Until here the expected weight of the decoder.
+        grad *= (w * (1.0 + 2.0 * zeta * lse))[:, None]
         grad -= (w * hard)[:, None] * self.decoder.weight[y, :width].to(w.dtype)
         if uniform:
             grad -= (w * uniform)[:, None] * self.mean_weight[:width]
         if soft:
             grad -= (w * soft)[:, None] * taught
-        self.grads[index][part] = grad
         spread = w * uniform / self.decoder.classes
         if self.grad_weight is not None:
             out = self.grad_weight[:, :width]
             out.index_add_(0, y, (x * (-w * hard)[:, None]).to(out.dtype))
             if uniform:
-                out -= (spread @ x).to(out.dtype)
+                self.spread[:width] += spread @ x
         if self.grad_bias is not None:
             self.grad_bias.index_add_(0, y, -w * hard)
             self.grad_bias -= spread.sum()
-
-    def _multiply(self, scores: _Scores, x, right, right_bias, teaches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Multiply the chunk's probabilities [classes, rows] with the decoder, and with `right` into its gradient.
-
-        Returns:
-            Expected weight [rows, width] and, for a teacher, bias [rows] of the decoder.
-        """
-        decoder, dtype, (size, width) = self.decoder, self.decoder.dtype, x.shape
-        # float16 would lose the small weight that one token has in a large batch: it is put back afterwards.
-        units = [1.0, 1.0]
-        if dtype == torch.float16:
-            units = [values.abs().amax().clamp_min(1e-30) for values in (right, right_bias)]
-        right, right_bias = _pad(right / units[0]), _pad(right_bias / units[1])
-        mean_weight, mean_bias = torch.zeros_like(right), torch.zeros_like(right_bias)
-        for (start, end), factor in zip(decoder.blocks(right.shape[0]), scores.factors, strict=True):
-            exponentials = _view(self.buffer, start, end, right.shape[0])
-            mean_weight += _transposed_product(exponentials, decoder.block(start, end, width)) * factor[:, None]
-            if teaches:
-                mean_bias += (decoder.bias[start:end].to(dtype) @ exponentials) * factor
-            if self.grad_weight is not None:
-                out = self.grad_weight[start:end, :width]
-                self._add_product(out, exponentials, (right * factor[:, None]).to(dtype), units[0])
-            if self.grad_bias is not None:
-                product = exponentials @ (right_bias * factor).to(dtype)
-                self.grad_bias[start:end] += product.to(self.grad_bias.dtype) * units[1]
-        self.written = max(self.written, width)
-        return mean_weight[:size], mean_bias[:size]
-
-    def _add_product(self, out, exponentials, right, unit) -> None:
-        """Add to a block of the decoder's gradient; its first product is written there, without zeros before it."""
-        if out.dtype == right.dtype:
-            if self.written:
-                out.addmm_(exponentials, right)
-            else:
-                torch.mm(exponentials, right, out=out)
-            return
-        product = self.decoder.product(exponentials, right)
-        if right.dtype == torch.float16:
-            product = product.to(out.dtype) * unit
-        if self.written:
-            out.add_(product)
-        else:
-            out.copy_(product)
 
 
 def _transposed_product(exponentials: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
