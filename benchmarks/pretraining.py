@@ -16,7 +16,9 @@ Cases marked "kept" run with `m3bert_hf.throughput.keep_freed_memory()`, as `pyt
 CPU: the C library keeps freed memory instead of returning it to the system, which otherwise clears every page of the
 gradients again in each step.
 
-Extra memory is the peak of head and loss, forward and backward on given states, beyond weights and their gradients.
+Extra memory is the peak of head and loss, forward and backward on given states, beyond weights and their gradients:
+of the process (which on a CPU holds what the C library did not return, and the code that oneDNN generates for each
+size of product), and of the tensors alone.
 The matrix rate is that of 2048 x 2048 products in the same dtype, measured in the same process; the loss's share of it
 counts 6 operations for each (scored token, class, dimension) against the whole time of head and loss. The rate of the
 matrix products alone counts those that ran, by their shapes.
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -98,6 +101,16 @@ def memory_peak(device: str, work: Callable[[], None]) -> int:
     before = status("VmRSS")
     work()
     return status("VmHWM") - before
+
+
+def tensor_peak(work: Callable[[], None]) -> int:
+    """Return the most bytes of tensors that were allocated during `work` and existed at one time, on a CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def seconds(device: str, work: Callable[[], None], repeats: int) -> float:
@@ -208,6 +221,9 @@ def measure(case: str, dtype_name: str, batch: int, tokens: int, repeats: int, k
         # With kept memory, what was freed before is not part of the peak.
         if not kept:
             result["extra_bytes"] = max(extra - gradients, 0)
+            if device == "cpu" and case != "released":
+                clean()
+                result["tensor_bytes"] = tensor_peak(head_and_loss) - gradients
         clean()
         result["loss_seconds"] = seconds(device, lambda: (clean(), head_and_loss()), repeats)
         if case == "ours":
@@ -224,8 +240,9 @@ def measure(case: str, dtype_name: str, batch: int, tokens: int, repeats: int, k
 def table(results: list[dict]) -> str:
     """Format the results, each shape and dtype against the released loss and the single decoder of its own run."""
     lines = [
-        "| batch | dtype | memory | case | step, s | released / this | this / single | head + loss, s | extra, MiB |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| batch | dtype | memory | case | step, s | released / this | this / single | head + loss, s | extra, MiB "
+        "| of tensors |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def find(case, dtype, like):
@@ -236,14 +253,14 @@ def table(results: list[dict]) -> str:
     for r in results:
         cells = [f"{r['batch']} x {r['tokens']}", r["dtype"], "kept" if r["kept"] else "", r["case"]]
         if "step_seconds" not in r:
-            lines.append(f"| {' | '.join([*cells, 'does not fit', '', '', '', ''])} |")
+            lines.append(f"| {' | '.join([*cells, 'does not fit', '', '', '', '', ''])} |")
             continue
         released, single = find("released", "float32", r), find("single", r["dtype"], r)
         cells.append(f"{r['step_seconds']:.2f}")
         cells.append(f"{released / r['step_seconds']:.1f}" if released else "")
         cells.append(f"{r['step_seconds'] / single:.2f}" if single else "")
         cells.append(f"{r['loss_seconds']:.2f}" if "loss_seconds" in r else "")
-        cells.append(f"{r['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in r else "")
+        cells += [f"{r[key] / 2**20:.0f}" if key in r else "" for key in ("extra_bytes", "tensor_bytes")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
