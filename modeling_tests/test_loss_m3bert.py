@@ -138,17 +138,15 @@ def test_any_part_may_be_frozen_and_the_decoder_wider_than_all(needed, distillat
         torch.testing.assert_close(a, b.to(kind), atol=tolerance * b.abs().max().item(), rtol=tolerance)
 
 
-def test_float16_holds_the_small_probabilities_of_a_large_vocabulary():
-    features, weight, bias, rows = problem(4, [8], [16], 50_000)
-    weight, bias = weight.detach() * 0.05, bias.detach() * 0.05
-    grads = []
-    for dtype in (torch.float32, torch.float16):
-        x = features[0].detach().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
-            # A decoder without gradient keeps nothing, and all is computed again.
-            loss, *_ = linear_cross_entropy([x], weight, bias, rows)
-        grads.append(torch.autograd.grad(loss, x)[0])
-    torch.testing.assert_close(grads[1], grads[0], atol=2e-3, rtol=2e-3)
+def test_float16_holds_the_small_probabilities_of_a_large_vocabulary(monkeypatch):
+    """Equal classes pull at their common weight as much as the label does, if 1 / 50,000 is not rounded to float16."""
+    monkeypatch.setattr(loss_m3bert, "_STEP", 2048)
+    features, _, _, rows = problem(4, [8], [16], 50_000)
+    x = features[0].detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        # A decoder without gradient keeps nothing, and all is computed again.
+        loss, *_ = linear_cross_entropy([x], torch.full((50_000, 16), 0.5), torch.zeros(50_000), rows)
+    assert torch.autograd.grad(loss, x)[0].abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
