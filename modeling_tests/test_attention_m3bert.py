@@ -8,14 +8,17 @@ from m3bert_hf.attention_m3bert import sdpa_attention_forward
 from m3bert_hf.compat_m3bert import ALL_ATTENTION_FUNCTIONS, library_sdpa_attention_forward
 
 
-LENGTHS = torch.tensor([33, 1, 20, 32, 7])
-TOKENS = torch.arange(33)
-MASKS = {
-    "none": None,
-    "padding": LENGTHS[:, None, None, None] > TOKENS,
-    "window": ((TOKENS[:, None] - TOKENS).abs() < 5)[None, None],
-    "both": (LENGTHS[:, None, None, None] > TOKENS) & (TOKENS[:, None] >= TOKENS - 5),
-}
+def masks(tokens=33):
+    lengths, places = torch.tensor([tokens, 1, 20, 32, 7])[:, None, None, None], torch.arange(tokens)
+    return {
+        "none": None,
+        "padding": lengths > places,
+        "window": ((places[:, None] - places).abs() < 5)[None, None],
+        "both": (lengths > places) & (places[:, None] >= places - 5),
+    }
+
+
+MASKS = masks()
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +38,16 @@ def states(tokens=33, batch=5):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("tokens", [33, 64])
 @pytest.mark.parametrize("name", MASKS)
-def test_as_exact_as_the_kernel(gradients, name):
+def test_as_exact_as_the_kernel(gradients, name, tokens):
     """The error against float64 is that of SDPA's kernel within a factor of three, values and gradients."""
-    upstream = torch.randn(5, 33, 4, 8, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(5, tokens, 4, 8, generator=torch.Generator().manual_seed(1))
 
     def run(function, dtype):
-        rows = [state.bfloat16().to(dtype).requires_grad_(gradients) for state in states()]
+        rows = [state.bfloat16().to(dtype).requires_grad_(gradients) for state in states(tokens)]
         with torch.set_grad_enabled(gradients):
-            output, _ = function(Layer(), *rows, MASKS[name], scaling=0.3, dropout=0.0)
+            output, _ = function(Layer(), *rows, masks(tokens)[name], scaling=0.3, dropout=0.0)
         found = torch.autograd.grad(output, rows, upstream.to(dtype)) if gradients else []
         return [value.double() for value in (output, *found)]
 

@@ -28,6 +28,7 @@ def states():
 @pytest.mark.parametrize("alone", [1, 4, 10, 1000])
 def test_attention_and_gradients_are_those_of_each_document_by_itself(alone, states, monkeypatch):
     monkeypatch.setattr(PackedDocuments, "alone", alone)
+    monkeypatch.setattr(PackedDocuments, "run", alone)
     assert not any(PackedDocuments(LENGTHS, "cpu").slices), "each slice's gradient would be as large as the row"
     with torch.no_grad():
         documents = PackedDocuments(LENGTHS, "cpu")
@@ -77,6 +78,7 @@ def test_documents_in_order_are_not_moved(monkeypatch):
 @torch.no_grad()
 def test_neighbours_of_one_length_share_calls_of_bounded_size(monkeypatch):
     monkeypatch.setattr(PackedDocuments, "alone", 1)
+    monkeypatch.setattr(PackedDocuments, "run", 1)
     monkeypatch.setattr(PackedDocuments, "pairs", 3 * 10**2)
     documents = PackedDocuments([10, 10, 10, 10, 20, 20, 5, 5, 5], "cpu")
     assert [tuple(place.shape) for place in documents.places] == [(3, 10), (1, 10), (1, 20), (1, 20), (3, 5)]

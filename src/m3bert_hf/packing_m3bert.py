@@ -1,6 +1,7 @@
 """Documents that follow one another in one row without padding, and the way back to padded rows."""
 
 import torch
+import torch.nn.functional as F
 
 
 class PackedDocuments:
@@ -16,11 +17,12 @@ class PackedDocuments:
 
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
-    # On a CPU, documents of this many tokens are attended to as slices without copies, padding or mask: one by one, or
-    # in one call where neighbours are equally long, as sorted texts often are. Shorter ones share a call in groups
-    # (the number was not tuned). So do all on a GPU, where each call is a launch, and where gradients are wanted,
-    # since that of a slice is as large as the row it was taken from.
-    alone = 32
+    # On a CPU, documents that are slices of the row need no copies, padding or mask: those of this many tokens, one by
+    # one, and neighbours that are equally long, as sorted texts often are, in one call. Others share a call in groups,
+    # which takes half the time of calls for each in bfloat16 with 24 to 57 tokens (from 64 on, and in float32, a batch
+    # takes the same time within the noise). So do all on a GPU, where each call is a launch, and where gradients are
+    # wanted, since that of a slice is as large as the row it was taken from.
+    alone, run = 64, 32
     # Pairs of tokens in a call of neighbours: attention weights, where they exist, stay as small as those of a text.
     pairs = 2**18
 
@@ -29,17 +31,17 @@ class PackedDocuments:
         for length in lengths:
             starts.append(starts[-1] + length)
         slicing = torch.device(device).type == "cpu" and not torch.is_grad_enabled()
-        alone = self.alone if slicing else max(lengths, default=0) + 1
+        documents = [i for i, length in enumerate(lengths) if length]
         groups: list[list[int]] = []
-        for i, length in enumerate(lengths):
-            if length < alone:
-                continue
+        for i in documents if slicing else []:
+            length = lengths[i]
             full = bool(groups) and (len(groups[-1]) + 1) * length**2 > self.pairs
             if not groups or full or groups[-1][-1] != i - 1 or lengths[i - 1] != length:
                 groups.append([])
             groups[-1].append(i)
+        groups = [run for run in groups if lengths[run[0]] >= (self.alone if len(run) == 1 else self.run)]
         spans = len(groups)
-        others = sorted((i for i, length in enumerate(lengths) if 0 < length < alone), key=lambda i: -lengths[i])
+        others = sorted(set(documents).difference(*groups), key=lambda i: (-lengths[i], i))
         for place, document in enumerate(others):
             if place == 0 or lengths[document] < self.fullness * lengths[groups[-1][0]]:
                 groups.append([])
@@ -59,29 +61,38 @@ class PackedDocuments:
             # A short document that is alone in its group needs no copies either.
             whole = index < spans or (slicing and len(group) == 1)
             self.slices.append(slice(starts[group[0]], starts[group[-1] + 1]) if whole else None)
-        # Where each token of the row stands among the groups' tokens; nothing is to be moved if all are in order.
-        order = [document for group in groups for document in group]
+        # Where each token of the row stands among the groups' places, one after another; nothing is to be moved if all
+        # are in order.
         self.back = None
-        if order != sorted(order):
-            tokens = [
-                place.flatten() if valid is None else place[valid]
-                for place, valid in zip(self.places, self.valid, strict=True)
-            ]
-            self.back = torch.cat(tokens).argsort()
+        if any(valid is not None for valid in self.valid) or [i for group in groups for i in group] != documents:
+            tokens = [place.flatten() for place in self.places]
+            among = torch.arange(sum(place.numel() for place in tokens), device=device)
+            if any(valid is not None for valid in self.valid):
+                held = [
+                    torch.ones_like(place, dtype=torch.bool) if valid is None else valid
+                    for place, valid in zip(self.places, self.valid, strict=True)
+                ]
+                among = among[torch.cat([valid.flatten() for valid in held])]
+            self.back = torch.empty_like(among).scatter_(0, torch.cat(tokens)[among], among)
 
     def attend(self, function, module, query, key, value, masks, options) -> torch.Tensor:
         """Run an attention function within documents: [1, heads, tokens, head_dim] to [1, tokens, heads, head_dim]."""
+        # Rows of one token each, which are copied faster than those of a head.
+        tokens = [states[0].transpose(0, 1).flatten(1) for states in (query, key, value)]
         parts = []
-        for place, valid, span, mask in zip(self.places, self.valid, self.slices, masks, strict=True):
+        for place, span, mask in zip(self.places, self.slices, masks, strict=True):
             if span is not None:
-                shape = (place.shape[0], place.shape[1])
-                rows = [states[0, :, span].unflatten(1, shape).transpose(0, 1) for states in (query, key, value)]
+                rows = [states[span].unflatten(0, place.shape) for states in tokens]
             else:
-                rows = [states[0].transpose(0, 1)[place].transpose(1, 2) for states in (query, key, value)]
-            output, _ = function(module, *rows, mask, **options)
-            parts.append(output.flatten(0, 1) if valid is None else output[valid])
-        together = torch.cat(parts) if parts else query.new_zeros(0, query.shape[1], query.shape[3])
-        return (together if self.back is None else together[self.back])[None]
+                rows = [F.embedding(place, states) for states in tokens]
+            heads = [part.unflatten(-1, (-1, query.shape[-1])).transpose(1, 2) for part in rows]
+            output, _ = function(module, *heads, mask, **options)
+            parts.append(output.flatten(0, 1).flatten(1))
+        if not parts:
+            parts.append(tokens[0])
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        together = together if self.back is None else F.embedding(self.back, together)
+        return together.unflatten(-1, (query.shape[1], -1))[None]
 
 
 def padded(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
