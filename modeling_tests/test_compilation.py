@@ -87,7 +87,7 @@ def test_weights_that_change_are_read_anew_and_names_stay(model):
     changed = exits(model, (9, 9))
     undo_compilation(model)
     for state, reference in zip(changed, exits(model, (9, 9)), strict=True):
-        assert torch.allclose(state, reference, atol=1e-6)
+        assert torch.allclose(state, reference, atol=1e-5)
     assert "feed_forward" not in vars(model.layers[0])
 
 

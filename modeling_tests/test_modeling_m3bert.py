@@ -21,6 +21,7 @@ from m3bert_hf import (
     M3BertForTokenClassification,
     M3BertModel,
 )
+from m3bert_hf.modeling_m3bert import M3BertRMSNorm, apply_rotary_pos_emb
 from m3bert_hf.packing_m3bert import PackedDocuments
 
 
@@ -289,6 +290,7 @@ def test_flash_attention_gets_the_boundaries_of_packed_documents(monkeypatch):
 @pytest.mark.parametrize(("side", "alone"), [("right", 1), ("left", 6), ("holes", 32)])
 def test_without_padding_the_same_states_and_gradients(architecture, attention, side, alone, monkeypatch):
     monkeypatch.setattr(PackedDocuments, "alone", alone)
+    monkeypatch.setattr(PackedDocuments, "run", alone)
     model = make(attention=attention, **ARCHITECTURES[architecture])
     ids, mask = tiny_batch(model.config, lengths=(11, 7, 1, 6, 5))
     if side == "left":
@@ -612,6 +614,39 @@ def test_rotary_scores_depend_on_distance_alone(kind, tmp_path):
         assert model(torch.ones(1, longest, dtype=torch.long)).last_hidden_state.isfinite().all()
         with pytest.raises(ValueError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
             model(torch.ones(1, longest + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_norm_without_gradients_is_that_with_them(dtype, scale):
+    norm = M3BertRMSNorm(64, 1e-6).to(dtype)
+    norm.weight.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
+    states = (scale * torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(0))).to(dtype)
+    before, expected = states.clone(), norm(states)
+    exact = states.double() * (states.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    exact = exact * norm.weight[:48].double()
+    with torch.no_grad():
+        found = norm(states)
+    assert torch.equal(states, before) and found.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=2 * eps, atol=eps)
+    torch.testing.assert_close(found.double(), exact, rtol=2 * eps, atol=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 4])
+def test_rotation_without_gradients_is_that_with_them(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    # As projections give it: heads within tokens, beside other heads.
+    states = torch.randn(2, 5, 6, 8, generator=generator).to(dtype).transpose(1, 2)[:, :4]
+    angles = torch.rand(1, 5, width // 2, generator=generator).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = apply_rotary_pos_emb(states, cos, sin)
+    with torch.no_grad():
+        found = apply_rotary_pos_emb(states, cos, sin)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert torch.equal(found[..., width:], states[..., width:])
+    torch.testing.assert_close(found.float().norm(dim=-1), states.float().norm(dim=-1), rtol=0.02, atol=0)
 
 
 def test_local_layers_see_their_window_only():

@@ -38,6 +38,7 @@ from .compat_m3bert import (
 from .configuration_m3bert import M3BertConfig
 from .loss_m3bert import MLMLossOptions, multigranular_mlm_loss
 from .packing_m3bert import PackedDocuments, padded
+from .repetition_m3bert import RepeatedTokens
 
 
 AUTO_MAP = {
@@ -93,7 +94,14 @@ class M3BertRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         width = hidden_states.shape[-1]
         # In float32 whatever the input, as the released code does; a low-precision mean of squares drifts with width.
-        normed = F.rms_norm(hidden_states.float(), (width,), eps=self.eps).to(hidden_states.dtype)
+        states = hidden_states.float()
+        plain = states is hidden_states or torch.is_grad_enabled() or states.device.type != "cpu"
+        if plain or is_tracing(states):
+            normed = F.rms_norm(states, (width,), eps=self.eps).to(hidden_states.dtype)
+        else:
+            # On a CPU rms_norm is a chain of plain operations; these are fewer, and write over what was converted.
+            factors = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(width).add_(self.eps)
+            normed = states.mul_(factors.rsqrt_()).to(hidden_states.dtype)
         return normed * self.weight[:width].to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
@@ -166,7 +174,16 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first `cos.shape[-1]` dimensions of [batch, heads, tokens, head_dim] by the tokens' positions."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    width = cos.shape[-1]
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    plain = torch.is_grad_enabled() or states.device.type != "cpu" or states.dtype != cos.dtype
+    if not plain and not is_tracing(states):
+        # Two passes over the memory in place of five.
+        first, second, rest = states.split([half, half, states.shape[-1] - width], dim=-1)
+        output = torch.empty_like(states)
+        torch.mul(first, cos[..., :half], out=output[..., :half]).addcmul_(second, sin[..., :half], value=-1)
+        torch.mul(second, cos[..., half:], out=output[..., half:width]).addcmul_(first, sin[..., half:])
+        output[..., width:] = rest
+        return output
     rotated, rest = states[..., :width], states[..., width:]
     rotated = rotated * cos + rotate_half(rotated) * sin
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
@@ -204,13 +221,23 @@ class M3BertAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(self, hidden_states, position_embeddings=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries, keys and values [batch, heads, tokens, head_dim], rotated by the tokens' positions."""
+    def project(
+        self, hidden_states, position_embeddings=None, repeated: RepeatedTokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values [batch, heads, tokens, head_dim], rotated by the tokens' positions.
+
+        Tokens that are `repeated` are multiplied once where their states are equal.
+        """
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        selected = None
+        # A hook may count on a row for each token.
+        if repeated is not None and not any(p._forward_hooks or p._forward_pre_hooks for p in projections):
+            selected = repeated.select(hidden_states)
+        states = [projection(hidden_states if selected is None else selected) for projection in projections]
+        if repeated is not None and selected is not None:
+            states = [repeated.spread(part) for part in states]
         shape = hidden_states.shape[:-1]
-        query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (part.view(*shape, -1, self.head_dim).transpose(1, 2) for part in states)
         if position_embeddings is not None:
             query = apply_rotary_pos_emb(query, *position_embeddings)
             key = apply_rotary_pos_emb(key, *position_embeddings)
@@ -218,8 +245,8 @@ class M3BertAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
         shape = hidden_states.shape[:-1]
-        documents = kwargs.pop("documents", None)
-        query, key, value = self.project(hidden_states, position_embeddings)
+        documents, repeated = kwargs.pop("documents", None), kwargs.pop("repeated", None)
+        query, key, value = self.project(hidden_states, position_embeddings, repeated)
         attend: Callable = sdpa_attention_forward
         if self.config._attn_implementation != "sdpa":
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -473,6 +500,7 @@ class M3BertModel(M3BertPreTrainedModel):
                 inputs_embeds = inputs_embeds[padding][None]
             else:
                 input_ids = input_ids[padding][None]
+        repeated = self._repeated(input_ids)
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         masks = self._masks(hidden_states, attention_mask, packed, documents)
         if documents is not None:
@@ -488,6 +516,7 @@ class M3BertModel(M3BertPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[kind],
                 position_embeddings=angles.get(kind),
+                **({"repeated": repeated} if depth == 1 and repeated is not None else {}),
                 **kwargs,
             )
             if depth == exit_layer or (output_exits and depth in self.config.exit_layers):
@@ -559,6 +588,14 @@ class M3BertModel(M3BertPreTrainedModel):
         # Little padding costs less than taking it out and putting it back, which gradients make dearer.
         fullest = 1.0 if asked else 0.9 if torch.is_grad_enabled() else 0.97
         return 0 < tokens <= fullest * attention_mask.numel()
+
+    def _repeated(self, input_ids) -> RepeatedTokens | None:
+        """Return which tokens are repeated, where the first layer's products need them once (not timed on a GPU)."""
+        if input_ids is None or self.embeddings.position_embeddings is not None or torch.is_grad_enabled():
+            return None
+        if self.training or is_tracing(input_ids) or input_ids.device.type != "cpu":
+            return None
+        return RepeatedTokens.find(input_ids)
 
     def _records(self, kwargs) -> bool:
         """Whether states or weights of single layers are asked for, which keep the shape of the input."""

@@ -35,7 +35,9 @@ class _FromTokens:
         # Training has TrainingArguments.torch_compile, and a compiled graph inside another would be compiled twice.
         if tokens < self.at_least or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.plain(self.module, hidden_states, *arguments)
-        return self.compiled(self.module, hidden_states, *arguments)
+        # What is beside the tensors (repeated tokens) is for the plain path, and would make a graph of its own.
+        tensors = [value for value in arguments if value is None or isinstance(value, torch.Tensor | tuple)]
+        return self.compiled(self.module, hidden_states, *tensors)
 
 
 def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **options: Any) -> Model:

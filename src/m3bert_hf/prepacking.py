@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .modeling_m3bert import M3BertAttention, M3BertLayer, M3BertMLP, M3BertModel
+from .modeling_m3bert import M3BertAttention, M3BertLayer, M3BertMLP, M3BertModel, apply_rotary_pos_emb
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +31,8 @@ class _Kept:
     """Packed weights, and by what to see that they are still those of the model."""
 
     versions: list[tuple]
-    rows: list[torch.Tensor]
+    # The first row of each as it is and as it was.
+    rows: list[tuple[torch.Tensor, torch.Tensor]]
     # While these are held, other weights cannot come to lie at their addresses.
     weights: list[torch.Tensor]
     packed: torch.Tensor
@@ -62,15 +63,11 @@ class _PrepackedLinear:
         versions = [(w.data_ptr(), w._version, w.dtype) for w in weights]
         kept = self.kept
         # Changes through `.data`, as of an adapter that is merged, count no version; they change the first row too.
-        if (
-            kept is not None
-            and kept.versions == versions
-            and all(torch.equal(w[0], row) for w, row in zip(weights, kept.rows, strict=True))
-        ):
+        if kept is not None and kept.versions == versions and all(torch.equal(now, then) for now, then in kept.rows):
             return kept.packed
         together = weights[0] if len(weights) == 1 else torch.cat(weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(together.detach())
-        rows = [w[0].detach().clone() for w in weights]
+        rows = [(row, row.clone()) for row in (w.detach()[0] for w in weights)]
         self.kept = _Kept(versions, rows, [w.detach() for w in weights], packed)
         return packed
 
@@ -144,36 +141,26 @@ def _gains(inputs: torch.Tensor, linear: nn.Linear) -> bool:
     return linear.weight.numel() >= _LARGE_MATRIX or inputs.numel() >= _MANY_TOKENS * inputs.shape[-1]
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Do what `apply_rotary_pos_emb` does without gradients, in two passes over the memory in place of five."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    width, half = cos.shape[-1], cos.shape[-1] // 2
-    first, second, rest = states.split([half, half, states.shape[-1] - width], dim=-1)
-    rotated = torch.empty_like(states)
-    torch.mul(first, cos[..., :half], out=rotated[..., :half]).addcmul_(second, sin[..., :half], value=-1)
-    torch.mul(second, cos[..., half:], out=rotated[..., half:width]).addcmul_(first, sin[..., half:])
-    rotated[..., width:] = rest
-    return rotated
-
-
 class _Projections:
     """In place of `M3BertAttention.project`: queries, keys and values in one product."""
 
     def __init__(self, module: M3BertAttention):
         self.module, self.linear = module, _PrepackedLinear(module, "q_proj", "k_proj", "v_proj")
 
-    def __call__(self, hidden_states, position_embeddings=None):
+    def __call__(self, hidden_states, position_embeddings=None, repeated=None):
         module: Any = self.module
         if not _fits(hidden_states, module, self.linear.linears):
             self.linear.kept = None
-            return M3BertAttention.project(module, hidden_states, position_embeddings)
+            return M3BertAttention.project(module, hidden_states, position_embeddings, repeated)
         if not _gains(hidden_states, module.q_proj):
-            return M3BertAttention.project(module, hidden_states, position_embeddings)
-        heads = self.linear(hidden_states).view(*hidden_states.shape[:-1], -1, module.head_dim).transpose(1, 2)
+            return M3BertAttention.project(module, hidden_states, position_embeddings, repeated)
+        selected = None if repeated is None else repeated.select(hidden_states)
+        states = self.linear(hidden_states) if selected is None else repeated.spread(self.linear(selected))
+        heads = states.view(*hidden_states.shape[:-1], -1, module.head_dim).transpose(1, 2)
         keys = module.k_proj.out_features // module.head_dim
         both, value = heads.split([heads.shape[1] - keys, keys], dim=1)
         if position_embeddings is not None:
-            both = _rotate(both, *position_embeddings)
+            both = apply_rotary_pos_emb(both, *position_embeddings)
         query, key = both.split([both.shape[1] - keys, keys], dim=1)
         return query, key, value
 
