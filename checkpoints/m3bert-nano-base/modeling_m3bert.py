@@ -83,6 +83,18 @@ class M3BertMaskedLMOutput(MaskedLMOutput):
     granularity_accuracies: torch.FloatTensor | None = None
 
 
+def _may_overwrite(states: torch.Tensor) -> bool:
+    """Whether to write in place what a CPU computes without gradients; tracers, whose tensors are of other classes and
+    whose modes are asked for here faster than by `is_tracing`, see the plain operations."""
+    return (
+        type(states) is torch.Tensor
+        and states.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+    )
+
+
 class M3BertRMSNorm(nn.Module):
     """Root-mean-square norm of the last dimension; one narrower than the weight uses the weight's first part."""
 
@@ -95,13 +107,12 @@ class M3BertRMSNorm(nn.Module):
         width = hidden_states.shape[-1]
         # In float32 whatever the input, as the released code does; a low-precision mean of squares drifts with width.
         states = hidden_states.float()
-        plain = states is hidden_states or torch.is_grad_enabled() or states.device.type != "cpu"
-        if plain or is_tracing(states):
-            normed = F.rms_norm(states, (width,), eps=self.eps).to(hidden_states.dtype)
-        else:
+        if states is not hidden_states and _may_overwrite(states):
             # On a CPU rms_norm is a chain of plain operations; these are fewer, and write over what was converted.
             factors = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(width).add_(self.eps)
             normed = states.mul_(factors.rsqrt_()).to(hidden_states.dtype)
+        else:
+            normed = F.rms_norm(states, (width,), eps=self.eps).to(hidden_states.dtype)
         return normed * self.weight[:width].to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
@@ -175,8 +186,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """Rotate the first `cos.shape[-1]` dimensions of [batch, heads, tokens, head_dim] by the tokens' positions."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     width, half = cos.shape[-1], cos.shape[-1] // 2
-    plain = torch.is_grad_enabled() or states.device.type != "cpu" or states.dtype != cos.dtype
-    if not plain and not is_tracing(states):
+    if states.dtype == cos.dtype and _may_overwrite(states):
         # Two passes over the memory in place of five.
         first, second, rest = states.split([half, half, states.shape[-1] - width], dim=-1)
         output = torch.empty_like(states)
