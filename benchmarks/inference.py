@@ -16,7 +16,8 @@ files on OpenVINO.
   is slow is not one case's alone; the best counts.
 - p50, p95: single queries, one after another, all of them in each repeat.
 - GFLOP/s: 2 operations for each weight of the layers that run and each token, padding not counted.
-- load: from the files to the first vector. peak: of the process, after loading and encoding. size: of the weights.
+- load: from the files to the first vector; compiled, to the first batches. peak: of the process, after loading and
+  encoding in batches of every size. size: of the weights.
 
 `--packing` measures our padded batches with and without `unpad_inputs`, on batches of unsorted and of sorted texts.
 """

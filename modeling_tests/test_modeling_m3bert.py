@@ -20,6 +20,7 @@ from m3bert_hf import (
     M3BertForSequenceClassification,
     M3BertForTokenClassification,
     M3BertModel,
+    modeling_m3bert,
 )
 from m3bert_hf.modeling_m3bert import M3BertRMSNorm, apply_rotary_pos_emb
 from m3bert_hf.packing_m3bert import PackedDocuments
@@ -618,32 +619,38 @@ def test_rotary_scores_depend_on_distance_alone(kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
-def test_norm_without_gradients_is_that_with_them(dtype, scale):
+def test_norm_without_gradients_is_that_with_them(dtype, scale, monkeypatch):
     norm = M3BertRMSNorm(64, 1e-6).to(dtype)
     norm.weight.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
     states = (scale * torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(0))).to(dtype)
     before, expected = states.clone(), norm(states)
     exact = states.double() * (states.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     exact = exact * norm.weight[:48].double()
+    chains = []
+    rms_norm = torch.nn.functional.rms_norm
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *a, **k: chains.append(1) or rms_norm(*a, **k))
     with torch.no_grad():
         found = norm(states)
+    assert bool(chains) == (dtype == torch.float32), "in low precision by fewer operations"
     assert torch.equal(states, before) and found.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=2 * eps, atol=eps)
     torch.testing.assert_close(found.double(), exact, rtol=2 * eps, atol=eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [8, 4])
-def test_rotation_without_gradients_is_that_with_them(dtype, width):
+def test_rotation_without_gradients_is_that_with_them(dtype, width, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     # As projections give it: heads within tokens, beside other heads.
     states = torch.randn(2, 5, 6, 8, generator=generator).to(dtype).transpose(1, 2)[:, :4]
     angles = torch.rand(1, 5, width // 2, generator=generator).repeat(1, 1, 2) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    expected = apply_rotary_pos_emb(states, cos, sin)
+    before, expected = states.clone(), apply_rotary_pos_emb(states, cos, sin)
+    monkeypatch.setattr(modeling_m3bert, "rotate_half", None)
     with torch.no_grad():
         found = apply_rotary_pos_emb(states, cos, sin)
+    assert torch.equal(states, before)
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
     assert torch.equal(found[..., width:], states[..., width:])
     torch.testing.assert_close(found.float().norm(dim=-1), states.float().norm(dim=-1), rtol=0.02, atol=0)

@@ -54,8 +54,7 @@ def test_attention_and_gradients_are_those_of_each_document_by_itself(alone, sta
         torch.testing.assert_close(a, b)
 
 
-def test_groups_hold_documents_of_like_length(monkeypatch):
-    monkeypatch.setattr(PackedDocuments, "alone", 1000)
+def test_groups_hold_documents_of_like_length():
     documents = PackedDocuments(LENGTHS, "cpu")
     for place, valid in zip(documents.places, documents.valid, strict=True):
         if valid is not None:
@@ -82,6 +81,24 @@ def test_neighbours_of_one_length_share_calls_of_bounded_size(monkeypatch):
     monkeypatch.setattr(PackedDocuments, "pairs", 3 * 10**2)
     documents = PackedDocuments([10, 10, 10, 10, 20, 20, 5, 5, 5], "cpu")
     assert [tuple(place.shape) for place in documents.places] == [(3, 10), (1, 10), (1, 20), (1, 20), (3, 5)]
+
+
+@torch.no_grad()
+def test_neighbours_of_one_length_are_slices_sooner_than_single_documents(monkeypatch):
+    monkeypatch.setattr(PackedDocuments, "alone", 20)
+    monkeypatch.setattr(PackedDocuments, "run", 10)
+    monkeypatch.setattr(PackedDocuments, "pairs", 2 * 12**2)
+    lengths = [12, 12, 12, 15, 9, 9, 20, 14]
+    documents = PackedDocuments(lengths, "cpu")
+    found = [(tuple(p.shape), s is not None) for p, s in zip(documents.places, documents.slices, strict=True)]
+    # The third 12 exceeds the pairs of a call and is single; 9 is too short for a slice, 15 and 14 are so when single.
+    assert found == [((2, 12), True), ((1, 20), True), ((3, 15), False), ((2, 9), False)]
+    states = [torch.randn(1, 2, sum(lengths), 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    expected = [
+        scaled_dot_product_attention(*(part.split(lengths, dim=2)[i] for part in states), scale=0.3)
+        for i in range(len(lengths))
+    ]
+    torch.testing.assert_close(run(documents, states), torch.cat(expected, dim=2).transpose(1, 2))
 
 
 def test_nothing_to_attend_to():

@@ -123,6 +123,22 @@ def test_a_cast_there_and_back_is_seen():
             assert torch.allclose(state, reference, atol=1e-5)
 
 
+def test_weights_of_which_a_part_is_taken_are_packed_anew():
+    """Parts begin at the same address and count the same changes."""
+    model = prepack_weights(make_model())
+    exits(model)
+    for layer in model.layers:
+        mlp = layer.mlp
+        size = mlp.up_proj.out_features // 2
+        mlp.gate_proj.weight.data = mlp.gate_proj.weight.data[:size]
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data[:size]
+        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :size]
+        square = layer.self_attn.o_proj.weight
+        square.data = square.data.t()
+    for state, reference in zip(exits(model), exits(undone(model)), strict=True):
+        assert torch.allclose(state, reference, atol=1e-5)
+
+
 def test_short_inputs_of_small_models_keep_what_is_packed(monkeypatch):
     monkeypatch.setattr(prepacking, "_LARGE_MATRIX", 2**18)
     model = prepack_weights(make_model())

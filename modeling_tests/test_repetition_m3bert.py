@@ -68,6 +68,8 @@ def test_states_are_those_without(prepacked, padded, unpad, selected, monkeypatc
     model, ids, mask = model_and_batch(unpad_inputs=unpad, num_key_value_heads=2)
     mask = mask if padded else torch.ones_like(mask)
     if prepacked:
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("torch without oneDNN")
         # Tiny matrices are not packed otherwise.
         monkeypatch.setattr("m3bert_hf.prepacking._MANY_TOKENS", 1)
         prepack_weights(model)
@@ -93,13 +95,43 @@ def test_what_differs_from_place_to_place_is_multiplied_at_every_place(selected,
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("what", ["hook", "forward", "adapter"])
 @torch.no_grad()
-def test_a_hook_on_a_projection_sees_every_token(selected):
+def test_what_is_more_than_a_linear_layer_sees_every_token(what, selected):
     model, ids, _ = model_and_batch()
-    seen = []
-    model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    seen, attention = [], model.layers[0].self_attn
+    plain = attention.k_proj
+
+    class Adapter(torch.nn.Module):
+        def forward(self, inputs):
+            seen.append(inputs.shape)
+            return plain(inputs)
+
+    if what == "hook":
+        plain.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    elif what == "forward":
+        plain.forward = lambda inputs: seen.append(inputs.shape) or torch.nn.functional.linear(inputs, plain.weight)
+    else:
+        attention.k_proj = Adapter()
     model(ids)
     assert seen == [(*ids.shape, 32)] and not selected
+
+
+def test_layers_that_are_compiled_by_themselves_keep_one_graph(selected):
+    model, ids, _ = model_and_batch()
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        selected.clear()
+        torch.compiler.reset()
+        for layer in model.layers:
+            layer.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert not selected
+
+
+def test_states_on_another_device_are_all_multiplied():
+    ids = torch.zeros(40, dtype=torch.long)
+    assert RepeatedTokens.find(ids).select(torch.zeros(40, 3, device="meta")) is None
 
 
 def test_not_for_training_learned_positions_and_embeddings(selected):

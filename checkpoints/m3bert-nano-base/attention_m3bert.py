@@ -78,15 +78,15 @@ def sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         part = slice(start, start + size)
         # One matrix for each head, copied once: the batched product takes no other strides.
         queries, keys, values = (s[part].to(dtype).contiguous().flatten(0, 1) for s in (query, key, value))
-        # Scaled within the product; nothing of the empty tensor is read.
-        weights = queries.new_empty(queries.shape[0], tokens, tokens)
-        weights = weights.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=options["scaling"])
+        # Scaled within the product; with beta=0, nothing of the first tensor is read.
+        nothing = queries.new_empty(1, 1, 1)
+        weights = torch.baddbmm(nothing, queries, keys.transpose(1, 2), beta=0, alpha=options["scaling"])
         weights = weights.unflatten(0, (-1, heads))
         if attention_mask is not None:
             mask = attention_mask if attention_mask.shape[0] == 1 else attention_mask[part]
-            least = torch.finfo(dtype).min
-            # To add is faster than to fill.
-            weights = weights.add_(torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, least))
+            hidden = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            # To add is faster than to fill. The gradient of a view that is written to is copied.
+            weights = weights + hidden if torch.is_grad_enabled() else weights.add_(hidden)
         # In float32 in any case: the kernel for bfloat16 computes in it, but takes what is left of a row after each 32
         # values one by one, which costs two to four times as much as both conversions for short rows.
         odd = tokens % 32 > 0 and tokens < 64

@@ -34,9 +34,14 @@ class RepeatedTokens:
         return repeated if repeated.count <= cls.share * ids.numel() else None
 
     def select(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Return the states [distinct tokens, width] of states [..., width], `None` if some token has several."""
+        """Return a row for each distinct token, [distinct tokens, width], of states [..., width].
+
+        `None` if states of one token differ from place to place, as by what a hook adds to the embeddings, or if they
+        are on another device than the ids.
+        """
+        if states.device != self.places.device:
+            return None
         selected = states.flatten(0, -2)[self.rows]
-        # What was added to the embeddings or changed by a hook may differ from place to place.
         return selected if torch.equal(self.spread(selected), states) else None
 
     def spread(self, selected: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,11 @@ class PackedDocuments:
 
     # A group takes documents down to this share of its longest one: rows are at least that full.
     fullness = 0.75
-    # On a CPU, documents that are slices of the row need no copies, padding or mask: those of this many tokens, one by
-    # one, and neighbours that are equally long, as sorted texts often are, in one call. Others share a call in groups,
-    # which takes half the time of calls for each in bfloat16 with 24 to 57 tokens (from 64 on, and in float32, a batch
-    # takes the same time within the noise). So do all on a GPU, where each call is a launch, and where gradients are
-    # wanted, since that of a slice is as large as the row it was taken from.
+    # On a CPU, documents that are slices of the row need no copies, padding or mask: those of `alone` tokens and more,
+    # one by one, and neighbours that are equally long, as sorted texts often are, from `run` tokens on, in one call.
+    # Others share a call in groups, which takes half the time of calls for each in bfloat16 with 24 to 57 tokens (from
+    # 64 on, and in float32, a batch takes the same time within the noise). So do all on a GPU, where each call is a
+    # launch, and where gradients are wanted, since that of a slice is as large as the row it was taken from.
     alone, run = 64, 32
     # Pairs of tokens in a call of neighbours: attention weights, where they exist, stay as small as those of a text.
     pairs = 2**18
@@ -39,7 +39,7 @@ class PackedDocuments:
             if not groups or full or groups[-1][-1] != i - 1 or lengths[i - 1] != length:
                 groups.append([])
             groups[-1].append(i)
-        groups = [run for run in groups if lengths[run[0]] >= (self.alone if len(run) == 1 else self.run)]
+        groups = [same for same in groups if lengths[same[0]] >= (self.alone if len(same) == 1 else self.run)]
         spans = len(groups)
         others = sorted(set(documents).difference(*groups), key=lambda i: (-lengths[i], i))
         for place, document in enumerate(others):
@@ -84,14 +84,15 @@ class PackedDocuments:
             if span is not None:
                 rows = [states[span].unflatten(0, place.shape) for states in tokens]
             else:
-                rows = [F.embedding(place, states) for states in tokens]
+                rows = [F.embedding(place.to(states.device), states) for states in tokens]
             heads = [part.unflatten(-1, (-1, query.shape[-1])).transpose(1, 2) for part in rows]
             output, _ = function(module, *heads, mask, **options)
             parts.append(output.flatten(0, 1).flatten(1))
         if not parts:
             parts.append(tokens[0])
         together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        together = together if self.back is None else F.embedding(self.back, together)
+        if self.back is not None:
+            together = F.embedding(self.back.to(together.device), together)
         return together.unflatten(-1, (query.shape[1], -1))[None]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .modeling_m3bert import M3BertAttention, M3BertLayer, M3BertModel, M3BertRMSNorm
+from .repetition_m3bert import RepeatedTokens
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,9 +36,9 @@ class _FromTokens:
         # Training has TrainingArguments.torch_compile, and a compiled graph inside another would be compiled twice.
         if tokens < self.at_least or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.plain(self.module, hidden_states, *arguments)
-        # What is beside the tensors (repeated tokens) is for the plain path, and would make a graph of its own.
-        tensors = [value for value in arguments if value is None or isinstance(value, torch.Tensor | tuple)]
-        return self.compiled(self.module, hidden_states, *tensors)
+        # Leaving out repeated tokens would make a graph of its own.
+        arguments = tuple(None if isinstance(value, RepeatedTokens) else value for value in arguments)
+        return self.compiled(self.module, hidden_states, *arguments)
 
 
 def compile_encoder(model: Model, at_least: int = 512, warm_up: bool = True, **options: Any) -> Model:

@@ -83,9 +83,12 @@ class M3BertMaskedLMOutput(MaskedLMOutput):
     granularity_accuracies: torch.FloatTensor | None = None
 
 
-def _may_overwrite(states: torch.Tensor) -> bool:
-    """Whether to write in place what a CPU computes without gradients; tracers, whose tensors are of other classes and
-    whose modes are asked for here faster than by `is_tracing`, see the plain operations."""
+def _runs_on_cpu(states: torch.Tensor) -> bool:
+    """Whether this is a plain run on a CPU without gradients, where writing in place saves passes over the memory.
+
+    Tracers see the plain operations. Their tensors are of other classes, or a mode says so; asking for these two is
+    faster than `is_tracing`, which counts for norms of single queries.
+    """
     return (
         type(states) is torch.Tensor
         and states.device.type == "cpu"
@@ -107,7 +110,7 @@ class M3BertRMSNorm(nn.Module):
         width = hidden_states.shape[-1]
         # In float32 whatever the input, as the released code does; a low-precision mean of squares drifts with width.
         states = hidden_states.float()
-        if states is not hidden_states and _may_overwrite(states):
+        if states is not hidden_states and _runs_on_cpu(states):
             # On a CPU rms_norm is a chain of plain operations; these are fewer, and write over what was converted.
             factors = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(width).add_(self.eps)
             normed = states.mul_(factors.rsqrt_()).to(hidden_states.dtype)
@@ -186,16 +189,15 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """Rotate the first `cos.shape[-1]` dimensions of [batch, heads, tokens, head_dim] by the tokens' positions."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     width, half = cos.shape[-1], cos.shape[-1] // 2
-    if states.dtype == cos.dtype and _may_overwrite(states):
-        # Two passes over the memory in place of five.
-        first, second, rest = states.split([half, half, states.shape[-1] - width], dim=-1)
-        output = torch.empty_like(states)
-        torch.mul(first, cos[..., :half], out=output[..., :half]).addcmul_(second, sin[..., :half], value=-1)
-        torch.mul(second, cos[..., half:], out=output[..., half:width]).addcmul_(first, sin[..., half:])
-        output[..., width:] = rest
-        return output
     rotated, rest = states[..., :width], states[..., width:]
-    rotated = rotated * cos + rotate_half(rotated) * sin
+    if states.dtype == cos.dtype and _runs_on_cpu(states):
+        # Two passes over the memory in place of five.
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = rotated * cos
+        rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(first, sin[..., half:])
+    else:
+        rotated = rotated * cos + rotate_half(rotated) * sin
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
@@ -209,6 +211,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more; hooks and adapters may count on a row for each token."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 class M3BertAttention(nn.Module):
@@ -240,12 +248,12 @@ class M3BertAttention(nn.Module):
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         selected = None
-        # A hook may count on a row for each token.
-        if repeated is not None and not any(p._forward_hooks or p._forward_pre_hooks for p in projections):
+        if repeated is not None and all(map(_is_plain_linear, projections)) and not torch.compiler.is_compiling():
             selected = repeated.select(hidden_states)
-        states = [projection(hidden_states if selected is None else selected) for projection in projections]
-        if repeated is not None and selected is not None:
-            states = [repeated.spread(part) for part in states]
+        if repeated is None or selected is None:
+            states = [projection(hidden_states) for projection in projections]
+        else:
+            states = [repeated.spread(projection(selected)) for projection in projections]
         shape = hidden_states.shape[:-1]
         query, key, value = (part.view(*shape, -1, self.head_dim).transpose(1, 2) for part in states)
         if position_embeddings is not None:

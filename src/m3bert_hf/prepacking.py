@@ -60,7 +60,7 @@ class _PrepackedLinear:
     def weight(self) -> torch.Tensor:
         """Return the packed weights [sum of the outputs, inputs]."""
         weights = [linear.weight for linear in self.linears]
-        versions = [(w.data_ptr(), w._version, w.dtype) for w in weights]
+        versions = [(w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights]
         kept = self.kept
         # Changes through `.data`, as of an adapter that is merged, count no version; they change the first row too.
         if kept is not None and kept.versions == versions and all(torch.equal(now, then) for now, then in kept.rows):
