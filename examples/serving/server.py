@@ -359,15 +359,18 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--exit-layer", type=int, help="load no layer above this exit")
     parser.add_argument("--max-seq-length", type=int)
+    parser.add_argument(
+        "--prepack",
+        action="store_true",
+        help="lay weights out for the CPU, for memory that grows with each new number of tokens (docs/deployment.md)",
+    )
     for name, value in vars(Limits()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     model = build_sentence_transformer(options.model, options.exit_layer, max_seq_length=options.max_seq_length)
     if model.device.type == "cpu":
-        try:
+        if options.prepack:
             prepack_weights(model)
-        except (RuntimeError, ValueError) as error:
-            print(error, flush=True)
         # The next batch needs about the memory of the last one: the system need not clear its pages again.
         keep_freed_memory()
     limits = Limits(**{name: getattr(options, name) for name in vars(Limits())})
